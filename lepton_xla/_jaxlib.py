@@ -137,5 +137,11 @@ def executor(executable: Any) -> Callable[[list[Any]], list[Any]]:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """The elements of an array that is on one device, read-only; waits for them. On a CPU they are not copied."""
-    return array._single_device_array_to_np_array_did_copy()[0]
+    """The elements of an array that is on one device, read-only; waits for them. On a CPU they are not copied.
+
+    As a buffer, which takes a third of the time that jaxlib's own way takes: as long as half a small execution.
+    """
+    try:
+        return np.asarray(memoryview(array))
+    except BufferError:  # a dtype that buffers do not know, such as bfloat16
+        return array._single_device_array_to_np_array_did_copy()[0]

@@ -96,7 +96,7 @@ class Batcher[T: Ticket]:
     @property
     def pending(self) -> bool:
         """Whether anything waits to run."""
-        return self.rows > 0 or self._retries.pending
+        return self.rows > 0 or bool(self._retries.waiting)
 
     # In.
 
@@ -225,9 +225,10 @@ class Batcher[T: Ticket]:
         self.wake_at = None
         if self._running is not None:
             return None
-        batch = self._retries.next_batch()
-        if batch is not None:
-            return self._start(batch, now)
+        if self._retries.waiting:
+            batch = self._retries.next_batch()
+            if batch is not None:
+                return self._start(batch, now)
         while self.rows:
             queue = self._queues[0] if len(self._queues) == 1 else self._first_queue()
             head = queue.first()[0]

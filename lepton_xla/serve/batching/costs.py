@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 
 type Key = tuple[int, ...]
 """Sizes of the dimensions other than the batch. Requests with equal keys may share an execution."""
@@ -45,12 +44,14 @@ class _Estimate:
         spread: mean absolute deviation of the samples.
         known: pseudo-count of samples; old ones count less.
         runs: samples since load.
+        rise: square root of how many times the next smaller size it is.
     """
 
-    __slots__ = ("known", "runs", "seconds", "size", "spread")
+    __slots__ = ("known", "rise", "runs", "seconds", "size", "spread")
 
-    def __init__(self, size: int, seconds: float) -> None:
+    def __init__(self, size: int, seconds: float, smaller: int | None = None) -> None:
         self.size = size
+        self.rise = math.sqrt(size / (smaller or size))
         self.seconds = seconds
         self.spread = _FIRST_SPREAD * seconds
         self.known = _AT_LOAD if seconds else 0.0
@@ -70,11 +71,6 @@ class _Estimate:
         self.runs += 1
         return self.seconds / before if self.runs > _SETTLED else 1.0
 
-    def follow(self, factor: float) -> None:
-        """Follows a change of another size: the fewer samples this one has, the more."""
-        self.seconds *= 1 + (factor - 1) * (1 - self.known / _MOST_KNOWN)
-        self.known -= _FORGET * self.known
-
 
 class _Row:
     """The estimates of one key, ascending by size, and which of them is the cheapest per row when full.
@@ -84,34 +80,48 @@ class _Row:
     another chance when there are the rows for it.
     """
 
-    __slots__ = ("best", "by_size", "estimates")
+    __slots__ = ("_best", "_ranked", "by_size", "estimates")
 
     def __init__(self, estimates: Sequence[_Estimate]) -> None:
         self.estimates = estimates
         self.by_size = {estimate.size: estimate for estimate in estimates}
-        self.best = estimates[-1]
-        self.rank()
+        self._best = estimates[-1]
+        self._ranked = False
 
     def learn(self, size: int, seconds: float) -> None:
+        """Adds a sample of a size; the fewer samples another one has, the more it follows. Runs with every batch."""
         ran = self.by_size[size]
-        factor = ran.learn(seconds)
+        change = ran.learn(seconds) - 1
+        self._ranked = False
+        forgotten = False
+        bound_s = math.inf  # of the size before
         for estimate in self.estimates:
+            known = estimate.known
             if estimate is not ran:
-                estimate.follow(factor)
-        for smaller, larger in pairwise(self.estimates):
-            if larger.known < _FORGOTTEN:
-                larger.seconds = min(larger.seconds, smaller.seconds * math.sqrt(larger.size / smaller.size))
-        for larger, smaller in pairwise(reversed(self.estimates)):
-            if smaller.known < _FORGOTTEN:
-                smaller.seconds = min(smaller.seconds, larger.seconds)
-        self.rank()
+                estimate.seconds *= 1 + change * (1 - known / _MOST_KNOWN)
+                estimate.known = known = known - _FORGET * known
+            if known < _FORGOTTEN:
+                forgotten = True
+                if estimate.seconds > bound_s * estimate.rise:
+                    estimate.seconds = bound_s * estimate.rise
+            bound_s = estimate.seconds
+        if forgotten:
+            for estimate in reversed(self.estimates):
+                if estimate.known < _FORGOTTEN and estimate.seconds > bound_s:
+                    estimate.seconds = bound_s
+                bound_s = estimate.seconds
 
-    def rank(self) -> None:
-        best, least = self.best, self.best.seconds / self.best.size
-        for estimate in reversed(self.estimates):
-            if estimate.seconds < least * estimate.size:
-                best, least = estimate, estimate.seconds / estimate.size
-        self.best = best
+    @property
+    def best(self) -> _Estimate:
+        """The cheapest per row when full."""
+        if not self._ranked:
+            self._ranked = True
+            best, least = self._best, self._best.seconds / self._best.size
+            for estimate in reversed(self.estimates):
+                if estimate.seconds < least * estimate.size:
+                    best, least = estimate, estimate.seconds / estimate.size
+            self._best = best
+        return self._best
 
 
 class Costs:
@@ -130,7 +140,11 @@ class Costs:
 
     def _row(self, key: Key, measured: Measured | None = None) -> _Row:
         given = (measured or {}).get(key, {})
-        row = self._rows[key] = _Row([_Estimate(size, given.get(size, 0.0)) for size in self._bucket_sizes])
+        sizes = self._bucket_sizes
+        row = self._rows[key] = _Row([
+            _Estimate(size, given.get(size, 0.0), smaller)
+            for size, smaller in zip(sizes, (None, *sizes), strict=False)
+        ])  # fmt: skip
         return row
 
     def __iter__(self) -> Iterator[tuple[Key, int, float]]:

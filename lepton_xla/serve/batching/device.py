@@ -175,14 +175,15 @@ class Device:
     def _pump(self) -> None:
         """Gives turns on the event loop: to each that waits now, or for a while."""
         self._scheduled = False
-        waiting = len(self._shares)
+        shares = self._shares
+        waiting = len(shares.waiting)
         if waiting > 1 and self._gathers():
             self._pump_soon()
             return
         until = self._clock() + _BESIDE_SOCKETS_S if waiting > 1 else 0.0
         while True:
             with self._lock:
-                share = self._shares.next()
+                share = shares.next()
             if share is None:
                 return
             try:
@@ -194,9 +195,8 @@ class Device:
                 self._handed.put(share)
                 return
             with self._lock:
-                self._shares.charge(seconds)
-                left = len(self._shares)
-            if not left:
+                shares.charge(seconds)
+            if not shares.waiting:
                 return
             waiting -= 1
             if waiting < 1 or self._clock() >= until:
@@ -242,7 +242,7 @@ class Device:
             self._shares.charge(seconds)
             if self._shares.long:
                 return self._shares.next()
-            if not len(self._shares):
+            if not self._shares.waiting:
                 return None
         with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits
             self._loop.call_soon_threadsafe(self._pump)

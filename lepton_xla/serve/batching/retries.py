@@ -17,17 +17,15 @@ class Retries[T: Ticket]:
 
     Args:
         bucket_sizes: compiled batch sizes, ascending.
+
+    Attributes:
+        waiting: the halves.
     """
 
     def __init__(self, bucket_sizes: Sequence[int]) -> None:
         self._bucket_sizes = tuple(bucket_sizes)
-        self._waiting: deque[Batch[T]] = deque()
+        self.waiting: deque[Batch[T]] = deque()
         self._useful = True
-
-    @property
-    def pending(self) -> bool:
-        """Whether a half waits."""
-        return bool(self._waiting)
 
     def add(self, batch: Batch[T]) -> bool:
         """Adds the halves of a failed batch; returns False if its requests fail for good."""
@@ -40,7 +38,7 @@ class Retries[T: Ticket]:
         budget.runs -= 2
         middle = len(batch.parts) // 2
         for half in (batch.parts[:middle], batch.parts[middle:]):
-            self._waiting.append(Batch(half, 0, 0, batch.key, batch.dated, budget))
+            self.waiting.append(Batch(half, 0, 0, batch.key, batch.dated, budget))
         return True
 
     def succeeded(self) -> None:
@@ -49,14 +47,14 @@ class Retries[T: Ticket]:
 
     def clear(self) -> list[Batch[T]]:
         """Removes and returns the waiting halves."""
-        waiting = list(self._waiting)
-        self._waiting.clear()
+        waiting = list(self.waiting)
+        self.waiting.clear()
         return waiting
 
     def next_batch(self) -> Batch[T] | None:
         """The next half to run, without requests closed meanwhile."""
-        while self._waiting:
-            batch = self._waiting.popleft()
+        while self.waiting:
+            batch = self.waiting.popleft()
             parts: list[Part[T]] = []
             for part in batch.parts:
                 if not part.ticket.closed:

@@ -55,19 +55,18 @@ class Shares:
 
     Attributes:
         holder: whose turn it is; None if the device is free.
+        waiting: the shares that wait, as a heap.
         long: number of waiting shares whose batches may be too long for the event loop.
     """
+
+    __slots__ = ("_asked", "_level", "holder", "long", "waiting")
 
     def __init__(self) -> None:
         self.holder: Share | None = None
         self.long = 0
-        self._waiting: list[tuple[float, bool, int, Share]] = []
+        self.waiting: list[tuple[float, bool, int, Share]] = []
         self._level = 0.0  # the account of the share that had the last turn, as its turn began
         self._asked = 0
-
-    def __len__(self) -> int:
-        """Number of shares that wait."""
-        return len(self._waiting)
 
     def ask(self, share: Share) -> None:
         """Has a share wait for a turn, or for another one during its own."""
@@ -77,21 +76,22 @@ class Shares:
         if share is self.holder:
             share.again = True
         else:
-            share.finish = max(share.finish, self._level)
+            if share.finish < self._level:
+                share.finish = self._level
             self._push(share, again=False)
 
     def _push(self, share: Share, *, again: bool) -> None:
         # Of equal accounts, one that comes new is next, then the one that has waited longest.
         self._asked += 1
         self.long += not share.short
-        heappush(self._waiting, (share.finish, again, self._asked, share))
+        heappush(self.waiting, (share.finish, again, self._asked, share))
 
     def next(self) -> Share | None:
         """Gives the turn to the share that has had the least; None if nobody waits or it is somebody's turn."""
         if self.holder is not None:
             return None
-        while self._waiting:
-            share = heappop(self._waiting)[-1]
+        while self.waiting:
+            share = heappop(self.waiting)[3]
             self.long -= not share.short
             if not share.gone:
                 share.waiting = False
@@ -111,7 +111,7 @@ class Shares:
         if share.again:
             share.again = False
             self._push(share, again=True)
-        elif not self._waiting:
+        elif not self.waiting:
             self._level = share.finish  # the device is idle: who comes next starts level with who ran last
 
     def leave(self, share: Share) -> None:

@@ -142,7 +142,7 @@ def test_one_has_the_turn_at_a_time_and_asking_twice_is_asking_once():
     assert shares.next() is None
     for member in (one, one, two):
         shares.ask(member)
-    assert (len(shares), shares.long) == (2, 1)
+    assert (len(shares.waiting), shares.long) == (2, 1)
     assert shares.next() is one
     assert shares.next() is None
     shares.charge(1.0)
