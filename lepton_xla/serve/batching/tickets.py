@@ -101,7 +101,7 @@ class Batch[T: Ticket]:
     @property
     def wanted(self) -> bool:
         """Whether any of its tickets is open."""
-        for part in self.parts:  # the first one, nearly always: a generator would take longer than this
+        for part in self.parts:  # noqa: SIM110 (nearly always the first one is, and a generator takes longer)
             if not part.ticket.closed:
                 return True
         return False
