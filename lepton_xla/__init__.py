@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from lepton_xla.deferred import exports
 
 if TYPE_CHECKING:
-    from lepton_xla import data, evaluation, explanation, launch, passes, sharding, train, trust, tuning
+    from lepton_xla import data, evaluation, explanation, federated, launch, passes, sharding, train, trust, tuning
     from lepton_xla.adapters import Generator, from_linen, from_nnx
     from lepton_xla.compiler import Servable, compile, encrypt, load, sign, verify
     from lepton_xla.errors import (
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         CheckpointError,
         CompileError,
         ExecutionError,
+        FederatedError,
         InputError,
         LaunchError,
         LearningError,
@@ -45,6 +46,7 @@ __all__ = [
     "CheckpointError",
     "CompileError",
     "ExecutionError",
+    "FederatedError",
     "Generator",
     "InputError",
     "LaunchError",
@@ -73,6 +75,7 @@ __all__ = [
     "encrypt",
     "evaluation",
     "explanation",
+    "federated",
     "find_sites",
     "from_linen",
     "from_nnx",
@@ -103,6 +106,7 @@ _HOMES = {
         "CheckpointError",
         "CompileError",
         "ExecutionError",
+        "FederatedError",
         "InputError",
         "LaunchError",
         "LearningError",
@@ -129,10 +133,14 @@ _HOMES = {
     "report": ("PassReport", "SiteReport"),
 }
 
+_PACKAGES = {
+    "data", "evaluation", "explanation", "federated", "launch", "passes", "sharding", "train", "trust", "tuning",
+}  # fmt: skip
+
 if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name
     _get, __dir__ = exports(__name__, _HOMES)
 
     def __getattr__(name: str) -> object:
-        if name in ("data", "evaluation", "explanation", "launch", "passes", "sharding", "train", "trust", "tuning"):
+        if name in _PACKAGES:
             return importlib.import_module(f"lepton_xla.{name}")
         return _get(name)

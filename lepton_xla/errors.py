@@ -205,3 +205,13 @@ class LearningError(LeptonError):
     >>> issubclass(lx.LearningError, lx.LeptonError)
     True
     """
+
+
+class FederatedError(LeptonError):
+    """A federated training cannot start or go on: its settings, its rows, or what a client or the server sent is at
+    fault.
+
+    >>> lx.federated.Federation(alpha=2.0)
+    Traceback (most recent call last):
+    lepton_xla.errors.FederatedError: federation: alpha = 2.0; expected a number above 0 and at most 1
+    """

@@ -45,7 +45,7 @@ def pytest_collection_finish():
 # Tests that compare what is computed with NumPy. They compile for most of their time, and optimizations of LLVM are not
 # what they look at. What is compiled to be timed, kept or served is compiled as users do.
 _MATHEMATICS = {"passes", "quant", "train", "tuning", "test_pipeline", "test_preset_zoo", "test_program", "test_nnx"}
-_MATHEMATICS |= {"test_recipe_frameworks", "test_recipe_methods", "test_transformer", "test_callbacks"}
+_MATHEMATICS |= {"federated", "test_recipe_frameworks", "test_recipe_methods", "test_transformer", "test_callbacks"}
 _TIMED = {"test_attention", "test_integer_arithmetic", "test_measure", "test_products"}
 
 

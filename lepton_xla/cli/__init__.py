@@ -21,6 +21,7 @@ COMMANDS = {
     "sensitivity": "Quantize one weight at a time and rank the errors.",
     "tune": "Find the best recipe within constraints, by measurement.",
     "train": "Train a model, and compress it meanwhile.",
+    "federate": "Train on rows that stay with their owners.",
     "size": "Show what training would take, on any devices.",
     "compile": "Optimize a model and compile it into an artifact.",
     "inspect": "Show the contents of an artifact.",

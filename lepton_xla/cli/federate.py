@@ -1,0 +1,201 @@
+"""`leptonx federate`: trains on rows that stay with their owners, simulated here or with a server and its clients."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lepton_xla.cli import _common
+
+if TYPE_CHECKING:
+    from lepton_xla.federated import FederatedSpec, Federation, Result, RoundReport
+
+
+@click.group()
+def federate() -> None:
+    """Train a model on rows that stay with their owners.
+
+    A server sends the weights to its clients; each trains on its own rows and sends back by how much its weights
+    changed; the server averages. Try the settings in a simulation first, then start a server and its clients.
+
+    \b
+      leptonx federate simulate digits.py:federated --clients 10 --by-label 0.3
+      leptonx federate server digits.py:federated --clients 3 -o digits.lepton
+      leptonx federate client digits.py:federated --server 127.0.0.1:9092
+
+    TARGET names a lepton_xla.federated.FederatedSpec: the model, the rows, the clients' optimizer, the settings.
+    """
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that change the settings of a FederatedSpec."""
+    for option in reversed(
+        (
+            click.option("--rounds", type=click.IntRange(1), help="Number of rounds."),
+            click.option(
+                "--epochs", type=click.IntRange(1), help="How often a client goes through its rows in a round."
+            ),
+            click.option("--batch-rows", type=click.IntRange(1), help="Rows of a client's batch."),
+            click.option("--participation", type=float, help="Share of the clients that take part in a round."),
+            click.option(
+                "--rule",
+                type=click.Choice(("average", "momentum", "adam")),
+                help="How the server uses the mean of the changes: FedAvg, FedAvgM or FedAdam.",
+            ),
+            click.option(
+                "--alpha", type=float, help="How far the weights go towards the rule's, above 0 and at most 1."
+            ),
+            click.option("--proximal", type=float, help="FedProx: weight of the distance to the server's weights."),
+            click.option(
+                "--updates",
+                type=click.Choice(("float32", "int8", "int4", "top-k")),
+                help="What clients send. What rounding leaves out is sent later.",
+            ),
+            click.option("--kept", type=float, help="With top-k: share of the changes that is sent."),
+            click.option(
+                "--personal",
+                multiple=True,
+                metavar="PATTERN",
+                help="Weights whose path matches this regular expression stay with their client. Repeatable.",
+            ),
+            click.option(
+                "--epsilon",
+                type=float,
+                help="Differential privacy of each row with this budget; clipping, delta and the share of rows of a "
+                "step are the FederatedSpec's, or 1, 1e-5 and 0.1.",
+            ),
+            click.option("--seed", type=int, help="Seed of participation, orders and simulated noise."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@federate.command("simulate")
+@click.argument("target")
+@click.option("--clients", type=click.IntRange(1), default=10, show_default=True, help="Number of clients.")
+@click.option(
+    "--by-label",
+    "concentration",
+    type=click.FloatRange(0, min_open=True),
+    metavar="ALPHA",
+    help="Give clients other classes: shares are drawn from a Dirichlet distribution; 100 is nearly even, 0.1 gives "
+    "most clients one or two classes. By default rows are dealt out evenly.",
+)
+@settings_options
+@click.option("--secure", is_flag=True, help="Refuse what secure aggregation would; the sum itself is the same.")
+@click.option("--checkpoint", metavar="FOLDER", help="Save the run here after each round, and go on with what is here.")
+@_common.buckets_option
+@click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@_common.json_option
+def simulate(
+    target: str,
+    *,
+    clients: int,
+    concentration: float | None,
+    secure: bool,
+    checkpoint: str | None,
+    buckets: tuple[str, ...],
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **changes: Any,
+) -> None:
+    """Train with many clients in this process, on the rows of TARGET split among them.
+
+    Each round prints the clients whose updates were taken, the means of their training metrics, what `evaluate` of the
+    FederatedSpec finds, and the bytes of all updates. A run with --checkpoint that was interrupted goes on with the
+    same command, and gives the same weights.
+
+    \b
+      leptonx federate simulate digits.py:federated --clients 10
+      leptonx federate simulate digits.py:federated --clients 50 --by-label 0.3 --participation 0.2
+      leptonx federate simulate digits.py:federated --updates int4 -o digits.lepton
+      leptonx federate simulate digits.py:federated --epsilon 8 --json
+    """
+    given = _common.parse_buckets(buckets)
+    if output is not None:
+        _common.check_free(output, overwrite=overwrite)
+
+    from lepton_xla import federated
+    from lepton_xla.cli import _models
+    from lepton_xla.train import Checkpoints
+
+    spec = _models.load_target(target, federated.FederatedSpec)
+    settings = changed_settings(spec, {**changes, "secure": secure or None})
+    kept = None if checkpoint is None else Checkpoints(checkpoint, every=1)
+    label = None if concentration is None else spec.label
+    parts = federated.partition(
+        spec.table(), clients, label=label, concentration=concentration or 1.0, seed=settings.seed
+    )
+    with _common.progress() as step:
+        step("first round")
+
+        def report(done: RoundReport) -> None:
+            step("round", done.round, settings.rounds)
+            if not as_json:
+                click.echo(round_line(done))
+
+        result = federated.simulate(spec, parts, settings, checkpoint=kept, report=report)
+    finish(spec, result, given, output, overwrite=overwrite, as_json=as_json)
+
+
+def changed_settings(spec: FederatedSpec, changes: dict[str, Any]) -> Federation:
+    """The settings of a FederatedSpec with what the command line says."""
+    from lepton_xla.federated import Privacy
+
+    found = {name: value for name, value in changes.items() if value not in (None, ())}
+    epsilon = found.pop("epsilon", None)
+    if epsilon is not None:
+        own = spec.federation.privacy or Privacy()
+        found["privacy"] = Privacy(epsilon, own.delta, own.clip_norm, own.share, own.noise)
+    return spec.federation.replace(**found)
+
+
+def finish(
+    spec: FederatedSpec,
+    result: Result,
+    buckets: dict[str, tuple[int, ...]],
+    output: str | None,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the artifact, and say what came out."""
+    document: dict[str, Any] = {
+        "rounds": [each.to_dict() for each in result.rounds],
+        "epsilon": result.epsilon,
+        "noise": result.noise,
+        "weights_bytes": result.program.weights_bytes,
+    }
+    if output is not None:
+        from lepton_xla import compiler
+        from lepton_xla.compiler.manifest import check_name
+
+        name = check_name(pathlib.PurePath(output).name.removesuffix(".lepton"))
+        sizes = dict.fromkeys(result.program.symbols, (1, 8, 32)) | {**spec.buckets, **buckets}
+        compiler.compile(result.program, sizes, name=name).save(output, overwrite=overwrite)
+        document["path"] = output
+    if as_json:
+        _common.print_json(document)
+        return
+    if result.epsilon is not None:
+        click.echo(
+            f"privacy of each row: epsilon {result.epsilon:.3g}, noise {result.noise:.3g} times the clipping norm"
+        )
+    if output is not None:
+        click.echo(f"wrote {output}")
+
+
+def round_line(done: RoundReport) -> str:
+    """A round for people."""
+    figures = [f"{name} {value:.4g}" for name, value in done.metrics.items()]
+    figures += [f"evaluation {name} {value:.4g}" for name, value in done.evaluation.items()]
+    spent = [] if done.epsilon is None else [f"epsilon {done.epsilon:.3g}"]
+    refused = [f"{len(done.refused)} refused"] if done.refused else []
+    parts = [f"{done.clients} clients", *refused, *figures, f"{_common.size(done.bytes_up)} sent", *spent]
+    return f"round {done.round}: {', '.join(parts)}"

@@ -1,0 +1,56 @@
+"""`leptonx federate simulate`: rounds, an artifact, and settings that are refused."""
+
+import numpy as np
+import pytest
+
+import lepton_xla as lx
+
+FILE = """
+import jax.numpy as jnp, numpy as np, optax
+import lepton_xla as lx
+
+def program():
+    fn = lambda w, x: x @ w["w"]
+    return lx.trace(fn, {"w": jnp.zeros((4, 3))}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+
+def rows():
+    x = np.random.default_rng(0).normal(size=(90, 4)).astype(np.float32)
+    return {"x": x, "label": x[:, :3].argmax(-1).astype(np.int32)}
+
+def evaluate(predict):
+    given = rows()
+    return {"accuracy": float((predict(x=given["x"])["output"].argmax(-1) == given["label"]).mean())}
+
+spec = lx.federated.FederatedSpec(program, rows, optax.sgd(0.5), lx.federated.Federation(rounds=9), evaluate=evaluate)
+"""
+
+
+@pytest.fixture
+def target(tmp_path):
+    (tmp_path / "net.py").write_text(FILE)
+    return f"{tmp_path / 'net.py'}:spec"
+
+
+def test_simulates_and_writes_an_artifact(cli, tmp_path, target):
+    options = ("--clients", 3, "--rounds", 4, "--updates", "int8", "--by-label", 1, "--checkpoint", tmp_path / "run")
+    found = cli.json("federate", "simulate", target, *options, "-o", tmp_path / "net.lepton", "--buckets", "batch=8")
+    assert [done["round"] for done in found["rounds"]] == [1, 2, 3, 4]
+    assert found["rounds"][-1]["evaluation"]["accuracy"] > 0.8
+    assert found["rounds"][-1]["bytes_up"] == 3 * (12 + 4)
+    servable = lx.load(tmp_path / "net.lepton")
+    assert servable(x=np.eye(4, dtype=np.float32)[:3])["output"].argmax(-1).tolist() == [0, 1, 2]
+    assert cli.ok("federate", "simulate", target, *options) == ""  # the run is done, and nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--updates", "int4", "--secure"], "cannot take updates = 'int4'"),
+        (["--participation", "2"], "participation = 2.0"),
+        (["--clients", "100"], "90 rows cannot be split among 100 clients"),
+        (["--personal", "head"], "'head' matches no weight"),
+        (["--epsilon", "-1"], "epsilon = -1.0"),
+    ],
+)
+def test_refuses_settings_in_one_line(cli, target, options, message):
+    assert message in cli.refused("federate", "simulate", target, *options)
