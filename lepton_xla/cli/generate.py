@@ -23,6 +23,8 @@ from lepton_xla.errors import InputError
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1, tokens that occurred are rarer.")
 @click.option("--seed", type=int, metavar="N", help="Equal seeds draw equal tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends it, and is left out. Repeatable.")
+@click.option("--num-beams", default=1, show_default=True, help="Above 1, search with so many beams, one a slot.")
+@click.option("--length-penalty", default=1.0, show_default=True, help="Of a search: above 0 favours longer texts.")
 @_common.json_option
 def generate(path: str, prompt: str | None, *, ids: str | None, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with the artifact at PATH, and print the text, or token ids, as they come.

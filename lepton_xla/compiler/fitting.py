@@ -5,11 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from lepton_xla.compiler.manifest import Manifest
+from lepton_xla.compiler.manifest import GenerationEntry, Manifest
 from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.dtypes import is_inexact
@@ -38,13 +39,14 @@ def fit_digest(
         [(program.sizes, program.digest) for program in programs],
         expand.digest if expand is not None else None,
         # Only where there is one: models that generate nothing keep their digests.
-        *(
-            (manifest.generation.bare(), [program.digest for program in steps])
-            if manifest.generation is not None
-            else ()
-        ),
+        *((_described(manifest.generation), [program.digest for program in steps]) if manifest.generation else ()),
     ]
     return hashlib.sha256(msgspec.json.encode(document, order="sorted")).hexdigest()
+
+
+def _described(generation: GenerationEntry) -> dict[str, Any]:
+    """What code depends on; the programs say which axes are of slots, so artifacts that do not keep their digests."""
+    return {name: value for name, value in msgspec.to_builtins(generation.bare()).items() if name != "axes"}
 
 
 def check_fit(update: Manifest, base: Manifest, where: str) -> None:

@@ -188,15 +188,16 @@ def _differs(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
 
 def entry_of(generation: Generation) -> GenerationEntry:
     """What the manifest says of it, before files are written."""
+    form = CacheFormat(generation)
     return GenerationEntry(
+        axes=form.axes,
         slots=generation.slots,
         capacity=generation.capacity,
         vocabulary=generation.vocabulary,
         first_position=generation.first_position,
         end_tokens=generation.end_tokens,
         cache=tuple(
-            Tensor(name=f"cache/{index}", shape=spec.shape, dtype=spec.dtype)
-            for index, spec in enumerate(CacheFormat(generation).specs)
+            Tensor(name=f"cache/{index}", shape=spec.shape, dtype=spec.dtype) for index, spec in enumerate(form.specs)
         ),
     )
 

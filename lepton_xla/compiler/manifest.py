@@ -130,9 +130,8 @@ class GenerationEntry(_Struct, frozen=True, kw_only=True):
 
     Attributes:
         slots, capacity, vocabulary, first_position, end_tokens: as of `program.Generation`.
-        cache: the arrays of the cache, for all slots.
-        prefill: the portable programs that read a prompt into a slot: one with a symbolic length, or one per length.
-        decode: the portable program that reads one token for each slot.
+        cache, axes: the arrays of the cache, for all slots, and the axis of slots in each; () if written by older code.
+        prefill, decode: the portable programs of both steps; of prefill one with a symbolic length, or one per length.
         tokenizer: file of the tokenizer; empty without one.
     """
 
@@ -142,6 +141,7 @@ class GenerationEntry(_Struct, frozen=True, kw_only=True):
     first_position: int | None
     end_tokens: tuple[int, ...]
     cache: tuple[Tensor, ...]
+    axes: tuple[int, ...] = ()
     prefill: tuple[PortableProgram, ...] = ()
     decode: tuple[PortableProgram, ...] = ()
     tokenizer: str = ""

@@ -100,6 +100,7 @@ class Stepper:
 
     Attributes:
         slots, capacity, vocabulary, first_position, end_tokens: as of the entry.
+        most_beams: largest number of beams; 1 for an artifact that does not say which axes are those of slots.
         longest_prompt: in tokens.
     """
 
@@ -107,6 +108,7 @@ class Stepper:
         self, entry: GenerationEntry, prefills: Mapping[int, _xla.Loaded], decode: _xla.Loaded, runtime: Runtime
     ) -> None:
         self.slots, self.capacity, self.vocabulary = entry.slots, entry.capacity, entry.vocabulary
+        self.most_beams = entry.slots if entry.axes else 1
         self.first_position, self.end_tokens = entry.first_position, entry.end_tokens
         self.longest_prompt = min(max(prefills), entry.capacity)
         self._entry, self._runtime = entry, runtime
@@ -172,6 +174,23 @@ class Stepper:
         arrays = np.array(tokens, np.int32), np.array(positions, np.int32)
         return self._run(self._decode, [self._put_slots(array) for array in arrays])
 
+    def copy(self, sources: Mapping[int, int]) -> None:
+        """Make slots copies of others. The cache goes through the host's memory.
+
+        Args:
+            sources: slot -> the one that it becomes a copy of, as that is before.
+        """
+        if self._cache is None:
+            return
+        targets, copied = list(sources), list(sources.values())
+        after: list[jax.Array] = []
+        for leaf, axis in zip(self._cache, self._entry.axes, strict=True):
+            array = np.array(leaf)
+            rows = np.moveaxis(array, axis, 0)
+            rows[targets] = rows[copied]
+            after.append(self._put(array))
+        self._cache = after
+
     def _run(self, execute: _Execute, inputs: list[jax.Array]) -> np.ndarray:
         cache = self._cache if self._cache is not None else self._empty()
         self._cache = None  # it is donated
@@ -184,8 +203,8 @@ class Stepper:
 
     def _empty(self) -> list[jax.Array]:
         # Nothing reads it: a prefill fills a slot whole, and what other slots compute meanwhile is thrown away.
-        device = self._runtime.devices.first
-        return [
-            jax.device_put(np.zeros(spec.at({}).shape, np.dtype(spec.dtype)), device, may_alias=False)
-            for spec in _specs(self._entry)
-        ]
+        return [self._put(np.zeros(spec.at({}).shape, np.dtype(spec.dtype))) for spec in _specs(self._entry)]
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        """An array of the cache, which may be donated: it shares no memory with NumPy."""
+        return jax.device_put(array, self._runtime.devices.first, may_alias=False)

@@ -16,6 +16,7 @@ import numpy as np
 from lepton_xla.errors import InputError
 
 MAX_STOPS = 16
+_BEAMS_ALONE = ("temperature", "top_k", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop")
 _MAX_STOP_CHARACTERS = 256
 
 
@@ -33,6 +34,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         stop: texts that end a sequence; they are left out of it. They need a tokenizer.
         end_tokens: tokens that end a sequence, beside those of the model.
         ignore_end: whether tokens that end a sequence do not: it ends with its length.
+        num_beams: number of continuations that beam search follows, each in a slot; 1 for no search. Its tokens come
+            all at its end, and fields that draw, penalize tokens or stop by a text do not go with it.
+        length_penalty: of beam search: a continuation's log-probability is divided by its length to this power.
 
     Raises:
         InputError: from `check`, for a value out of range; names it.
@@ -55,6 +59,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop: tuple[str, ...] = ()
     end_tokens: tuple[int, ...] = ()
     ignore_end: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
 
     def check(self, vocabulary: int) -> None:
         """Check the ranges of all values, for a model of so many tokens.
@@ -72,6 +78,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
              "above 0 and at most 100"),
             ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 100, "-100 to 100"),
             ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 100, "-100 to 100"),
+            ("num_beams", self.num_beams, self.num_beams >= 1, "at least 1"),
+            ("length_penalty", self.length_penalty, abs(self.length_penalty) <= 10, "-10 to 10"),
             ("seed", self.seed, self.seed is None or 0 <= self.seed < 1 << 64, f"0 to {(1 << 64) - 1}"),
         )  # fmt: skip
         for name, value, holds, wanted in bounds:
@@ -84,6 +92,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for text in self.stop:
             if not 0 < len(text) <= _MAX_STOP_CHARACTERS:
                 raise InputError(f"a stop text has {len(text)} characters; it must have 1 to {_MAX_STOP_CHARACTERS}")
+        if self.num_beams > 1:
+            defaults = Sampling()
+            for name in _BEAMS_ALONE:
+                if getattr(self, name) != getattr(defaults, name):
+                    raise InputError(f"{name} does not go with num_beams = {self.num_beams}: beam search is greedy")
+        elif self.length_penalty != 1:
+            raise InputError(f"length_penalty is {self.length_penalty} without beam search: give num_beams too")
         for token in self.end_tokens:
             if not 0 <= token < vocabulary:
                 raise InputError(f"end token {token} is not one of the {vocabulary} tokens")

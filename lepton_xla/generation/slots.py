@@ -1,18 +1,19 @@
 """Continuous batching: sequences come and go while others are decoded. No threads, no clock.
 
-Each sequence has a slot of the model's cache. A step reads the prompt of at most one waiting sequence, and then decodes
-one token of every sequence. A sequence that ends leaves its slot at once.
+Each sequence has a slot of the model's cache, or one for each of its beams. A step reads the prompt of at most one
+waiting sequence, and then decodes one token of every sequence. A sequence that ends leaves its slots at once.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from lepton_xla.errors import InputError, LeptonError
+from lepton_xla.generation.beams import Beams
 from lepton_xla.generation.sampling import Chooser, Sampling
 from lepton_xla.generation.texts import TextStream, Tokenizer
 
@@ -29,6 +30,7 @@ class Steps(Protocol):
     first_position: int | None
     end_tokens: tuple[int, ...]
     longest_prompt: int
+    most_beams: int
 
     def prefill(self, tokens: Sequence[int], slot: int) -> np.ndarray:
         """Read a prompt into a slot; give the logits of the next token, `[tokens]`."""
@@ -36,6 +38,10 @@ class Steps(Protocol):
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         """Read one token for each slot; give the logits of the next ones, `[slots, tokens]`."""
+        ...
+
+    def copy(self, sources: Mapping[int, int]) -> None:
+        """Make slots copies of others: slot -> the one it becomes a copy of, as that is before."""
         ...
 
     def reset(self) -> None:
@@ -57,6 +63,8 @@ class Generation:
         tokens: new tokens, without the one that ended it.
         finish: why it ended; empty while it goes on.
         error: what failed, if something did.
+        beams: its continuations, if it is found by beam search.
+        slots: its own, those of its beams that go on first.
     """
 
     def __init__(
@@ -76,6 +84,8 @@ class Generation:
         self.finish: Finish = ""
         self.error: Exception | None = None
         self.chooser: Chooser | None = None
+        self.beams: Beams | None = None
+        self.slots: list[int] = []
 
 
 class Slots:
@@ -124,34 +134,85 @@ class Slots:
             self._end(sequence, "failed")
 
     def step(self) -> None:
-        """Read the prompt of one waiting sequence, if there is a slot for it, and decode a token of each."""
-        if self.waiting and self._free:
-            self._begin(self.waiting.popleft(), self._free.pop())
+        """Read the prompt of one waiting sequence, if there are slots for it, and decode a token of each."""
+        if self.waiting and len(self._free) >= self.waiting[0].sampling.num_beams:
+            self._begin(self.waiting.popleft())
         if not self.running:
             return
         tokens, positions = [0] * self._steps.slots, [0] * self._steps.slots
         first = self._steps.first_position
         for slot, sequence in self.running.items():
-            tokens[slot] = sequence.tokens[-1]
-            positions[slot] = (len(sequence.prompt) if first is None else first) + len(sequence.tokens) - 1
+            said: Sequence[int] = sequence.tokens
+            if sequence.beams is not None:
+                live, index = sequence.beams.live, sequence.slots.index(slot)
+                if index >= len(live):
+                    continue
+                said = live[index].tokens
+            tokens[slot] = said[-1]
+            positions[slot] = (len(sequence.prompt) if first is None else first) + len(said) - 1
         try:
             logits = self._steps.decode(tokens, positions)
+            for sequence in dict.fromkeys(each for each in self.running.values() if each.beams is not None):
+                assert sequence.beams is not None
+                self._search(sequence, sequence.beams, logits[sequence.slots[: len(sequence.beams.live)]])
         except LeptonError as error:  # the cache is lost, and with it all sequences
             self._fail(error)
             return
         for slot, sequence in tuple(self.running.items()):
-            self._take(slot, sequence, logits[slot])
+            if sequence.beams is None:
+                self._take(slot, sequence, logits[slot])
 
-    def _begin(self, sequence: Generation, slot: int) -> None:
-        self.running[slot] = sequence
-        continues = self._steps.first_position is None
-        sequence.chooser = Chooser(sequence.sampling, sequence.prompt if continues else ())
+    def _begin(self, sequence: Generation) -> None:
+        sampling, steps = sequence.sampling, self._steps
+        sequence.slots = [self._free.pop() for _ in range(sampling.num_beams)]
+        self.running |= dict.fromkeys(sequence.slots, sequence)
+        slot = sequence.slots[0]
+        sequence.chooser = Chooser(sampling, sequence.prompt if steps.first_position is None else ())
         try:
-            logits = self._steps.prefill(sequence.prompt, slot)
+            logits = steps.prefill(sequence.prompt, slot)
+            if sampling.num_beams > 1:
+                ends = () if sampling.ignore_end else (*steps.end_tokens, *sampling.end_tokens)
+                sequence.beams = Beams(sampling.num_beams, sampling.length_penalty, sequence.limit, ends)
+                self._search(sequence, sequence.beams, logits[None])
+                return
         except LeptonError as error:
             self._fail(error)
             return
         self._take(slot, sequence, logits)
+
+    def _search(self, sequence: Generation, beams: Beams, logits: np.ndarray) -> None:
+        """Take the next tokens of all beams of a sequence; each goes on in a slot that has its tokens before."""
+        try:
+            parents = beams.advance(logits)
+        except ValueError as error:
+            sequence.error = error
+            self._end(sequence, "failed")
+        else:
+            if not beams.live:
+                for token in beams.best.tokens:
+                    sequence.tokens.append(token)
+                    sequence.told(sequence, token, sequence.text.add(token) if sequence.text is not None else "")
+                self._end(sequence, "stop" if beams.best.ended else "length")
+        if sequence.finish:
+            for slot in sequence.slots:
+                self._leave(slot)
+            return
+        # The first beam of a parent goes on in its slot; its others get slots that nobody goes on in.
+        before, unused, sources = sequence.slots, list(sequence.slots), dict[int, int]()
+        for parent in dict.fromkeys(parents):
+            unused.remove(before[parent])
+        taken: set[int] = set()
+        after: list[int] = []
+        for parent in parents:
+            slot = before[parent]
+            if slot in taken:
+                slot = unused.pop(0)
+                sources[slot] = before[parent]
+            taken.add(slot)
+            after.append(slot)
+        sequence.slots = after + unused
+        if sources:
+            self._steps.copy(sources)
 
     def _take(self, slot: int, sequence: Generation, logits: np.ndarray) -> None:
         """Take the next token of a sequence, which may end it."""
@@ -225,6 +286,8 @@ def sequence_of(
     if sampling.stop and tokenizer is None:
         raise InputError("there are stop texts, and the model carries no tokenizer: use end_tokens")
     tokens = _tokens(prompt, steps)
+    if sampling.num_beams > steps.most_beams:
+        raise InputError(f"num_beams is {sampling.num_beams}; {_beams_of(steps)}")
     room = steps.capacity if steps.first_position is not None else steps.capacity - len(tokens) + 1
     wanted = sampling.max_tokens
     if wanted is not None and wanted > room:
@@ -234,6 +297,12 @@ def sequence_of(
     limit = min(DEFAULT_TOKENS, room) if wanted is None else wanted
     text = TextStream(tokenizer, sampling.stop) if tokenizer is not None else None
     return Generation(tokens, sampling, limit, text, told)
+
+
+def _beams_of(steps: Steps) -> str:
+    if steps.most_beams < steps.slots:
+        return "the model was compiled by an older version, without beam search: compile it again"
+    return f"the model has {steps.slots} slots, one for each beam"
 
 
 def _tokens(prompt: Any, steps: Steps) -> list[int]:

@@ -16,7 +16,7 @@ class Hashing:
     """A model whose logits depend on all tokens that its slot was given, and on their positions."""
 
     slots, capacity, vocabulary, first_position = 3, 20, VOCABULARY, None
-    end_tokens, longest_prompt = (0,), 6
+    end_tokens, longest_prompt, most_beams = (0,), 6, 3
 
     def __init__(self):
         self.cache, self.fails, self.resets = {}, 0, 0

@@ -23,7 +23,7 @@ class Steps:
     """After token t comes t + 1, wherever it is; the last one ends a sequence. `gate` holds every step back."""
 
     slots, capacity, vocabulary, first_position = 2, 64, VOCABULARY, None
-    end_tokens, longest_prompt = (VOCABULARY - 1,), 32
+    end_tokens, longest_prompt, most_beams = (VOCABULARY - 1,), 32, 2
 
     def __init__(self):
         self.gate = threading.Event()

@@ -23,6 +23,7 @@ _ALIASES = {
     "max_completion_tokens": "max_tokens",
     "stop_token_ids": "end_tokens",
     "ignore_eos": "ignore_end",
+    "beam_width": "num_beams",
 }
 # What asks for nothing that is not done anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
