@@ -23,13 +23,13 @@ from typing import Any
 import harness
 import models
 
-from lepton_xla.tuning import Budget, Constraints, searching, trainings, tune
+from lepton_xla.tuning import Budget, Constraints, searching, studies, tune
 
 FOLDER = harness.ROOT / "build" / "benchmarks" / "searches"
 STEPS = 100
 
 
-def search(model: models.BenchModel, sampler: trainings.Sampler, seed: int, trials: int, folder: pathlib.Path) -> int:
+def search(model: models.BenchModel, sampler: studies.Sampler, seed: int, trials: int, folder: pathlib.Path) -> int:
     """The bytes of the best of one search."""
     sys.path.insert(0, str(harness.ROOT / "examples"))
     train_digits = importlib.import_module("train_digits")
@@ -37,7 +37,7 @@ def search(model: models.BenchModel, sampler: trainings.Sampler, seed: int, tria
     spec = model.spec
     assert spec.evaluate is not None
     # The search itself takes the sampler of its study from nowhere else.
-    searching.Study = functools.partial(trainings.Study, sampler=sampler)
+    searching.Study = functools.partial(studies.Study, sampler=sampler)
     found = tune(
         spec.program(),
         spec.evaluate,

@@ -118,9 +118,10 @@ def folder() -> pathlib.Path:
 
 def load_weights() -> dict[str, jax.Array]:
     """Weights by their checkpoint names, float32, without the pooler, which sentence embeddings do not use."""
+    path = folder() / "model.safetensors"  # first, because it says what is missing
     from safetensors.numpy import load_file
 
-    raw = load_file(folder() / "model.safetensors")
+    raw = load_file(path)
     return {
         name: jnp.asarray(leaf)
         for name, leaf in raw.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,12 @@ if TYPE_CHECKING:
     "the extra tune.",
 )
 @click.option("--trainings", type=int, metavar="N", default=30, show_default=True, help="Train at most N candidates.")
+@click.option(
+    "--storage",
+    metavar="URL|FILE",
+    help="Where Optuna keeps what was trained: a file, or a database such as sqlite:///study.db. Processes that share "
+    "it share the trials. By default a file beside the journal.",
+)
 @click.option("--metric", help="The metric of --max-drop. By default accuracy, else the first that evaluate returns.")
 @click.option("--lower-is-better", is_flag=True, help="The metric is a loss.")
 @_common.buckets_option
@@ -106,6 +113,7 @@ def tune(
     trials: int | None,
     train: str | None,
     trainings: int,
+    storage: str | None,
     metric: str | None,
     lower_is_better: bool,
     buckets: tuple[str, ...],
@@ -141,6 +149,8 @@ def tune(
     given = _common.parse_buckets(buckets)
     if (slo is None) != (rate is None) or (slo is None) != (prices is None):
         raise click.UsageError("--slo, --rate and --prices belong together")
+    if storage is not None and train is None:
+        raise click.UsageError("--storage is where trained candidates are kept; give --train too")
     if key is not None and artifact is None:
         raise click.UsageError("--key signs the artifact; give --artifact too")
     if artifact is not None:
@@ -193,6 +203,7 @@ def tune(
             journal=journal,
             progress=step,
             training=training,
+            storage=storage,
         )
         if output is not None and found.best is not None:
             text = found.best.recipe
@@ -225,7 +236,7 @@ def tune(
 
 def _cheapest(slo: str, rate: float, targets: str, prices: str) -> Callable[[Program, Tuning], Deployments]:
     """Checks what is asked for, and returns what finds the cheapest way to serve what was tuned."""
-    from lepton_xla.tuning.deployments import Prices, Slo, deploy, predicted_us
+    from lepton_xla.tuning.deployments import CPU, Prices, Slo, deploy, predicted_us
     from lepton_xla.tuning.trials import as_loaded
 
     limit, priced = Slo.parse(slo), Prices.load(prices)
@@ -256,6 +267,9 @@ def _cheapest(slo: str, rate: float, targets: str, prices: str) -> Callable[[Pro
             return as_loaded(found.build(chosen[recipe])) if recipe != "float" else program
 
         def predict(target: str, recipe: str) -> dict[int, float]:
+            if target == CPU and recipe in chosen and "latency" in chosen[recipe].estimates:
+                share = chosen[recipe].estimates["latency"]
+                return by_rows([share * us for us in chosen[recipe].float_us])
             return by_rows([predicted_us(built(recipe), at, target) for at in found.sizes])
 
         return deploy(here, predict, targets=names, prices=priced, slo=limit, rate=rate)
@@ -274,10 +288,13 @@ def _print_served(served: Deployments, slo: str) -> None:
     ]  # fmt: skip
     title = f"the cheapest ways to serve within {slo}" if rows else f"nothing serves within {slo}"
     reasons = {f"{target}: {why}" for target, _, why in served.refused}
+    shares: dict[str, list[float]] = {}
+    for each, _, _, predicted, measured in served.compared:
+        shares.setdefault(each, []).append(predicted / measured)
     off = [
-        f"{target}, {recipe}, {count} rows: predicted {predicted:.4g} us, measured {measured:.4g} "
-        f"({predicted / measured:.2f} times)"
-        for target, recipe, count, predicted, measured in served.compared
+        f"{each}: {len(found)} calls were predicted and measured; predictions were {min(found):.2f} to "
+        f"{max(found):.2f} times what was measured, the median {statistics.median(found):.2f} times"
+        for each, found in shares.items()
     ]
     _common.show(_common.table(title, columns, rows), *sorted(reasons), *off)
     if not off:

@@ -116,15 +116,27 @@ class Candidates:
         smallest = min((float(each[each > 0].min()) for each in errors if (each > 0).any()), default=1e-6)
         return min(smallest, largest / 2), largest
 
-    def within(self, error: float) -> tuple[int, ...]:
-        """The best at the objective within an error of the outputs, or the closest to that."""
+    def within(self, error: float, *, removed: float = 0.0) -> tuple[int, ...]:
+        """The best at the objective within an error of the outputs, or the closest to that.
+
+        Args:
+            error: that the outputs may have.
+            removed: share of the channels that goes besides.
+        """
         by_error = {"error": 1.0}
-        picked = self._choose(by_error, math.inf) if self._objective == "metric" else None
-        picked = picked or self._choose(self._objective_weights(), error) or self._choose(by_error, math.inf)
+        picked = self._choose(by_error, math.inf, removed) if self._objective == "metric" else None
+        picked = picked or self._choose(self._objective_weights(), error, removed)
+        picked = picked or self._choose(by_error, math.inf, removed)
         return picked or tuple(int(np.argmin(each)) for each in self._costs["bytes"])
 
-    def expected(self, picked: Sequence[int]) -> dict[str, float]:
-        """What a candidate is expected to measure."""
+    def expected(self, picked: Sequence[int], *, removed: float = 0.0) -> dict[str, float]:
+        """What a candidate is expected to measure, less a share of the channels."""
+        found = self._expected(picked)
+        found["bytes"] *= _left("bytes", removed)
+        found["latency"] *= _left("latency", removed)
+        return found
+
+    def _expected(self, picked: Sequence[int]) -> dict[str, float]:
         shares = [self._sum(kind, picked) / max(self._estimates.fixed[kind], 1e-9) for kind in self._estimates.sizes]
         return {
             "output_error": math.sqrt(max(self._sum("error", picked), 0.0)),
@@ -269,16 +281,17 @@ class Candidates:
         else:
             yield dataclasses.replace(proposal, origin=origin)
 
-    def _choose(self, weights: Mapping[str, float], error: float) -> tuple[int, ...] | None:
-        limits = self._limits()
+    def _choose(self, weights: Mapping[str, float], error: float, removed: float = 0.0) -> tuple[int, ...] | None:
+        limits = self._limits(removed)
         return choose_within(self._costs, weights, limits if error == math.inf else {**limits, "error": error})
 
-    def _limits(self) -> dict[str, float]:
-        """What the choices may cost in all, besides what is fixed."""
+    def _limits(self, removed: float = 0.0) -> dict[str, float]:
+        """What the choices may cost in all, besides what is fixed, if a share of the channels goes."""
         asked = self._constraints
         limits = {"bytes": asked.max_bytes, "memory": asked.max_memory}
         limits |= dict.fromkeys(self._estimates.sizes, asked.max_latency_ms * 1000.0 if asked.max_latency_ms else None)
-        return {kind: limit - self._estimates.fixed[kind] for kind, limit in limits.items() if limit is not None}
+        fixed = self._estimates.fixed
+        return {kind: each / _left(kind, removed) - fixed[kind] for kind, each in limits.items() if each is not None}
 
     def _objective_weights(self, tie: float = _TIE) -> dict[str, float]:
         fixed, largest = self._estimates.fixed, sum(float(each.max()) for each in self._costs["error"])
@@ -300,6 +313,11 @@ class Candidates:
     def _best_value(self) -> float:
         found = self._best()
         return found[1].value(self._objective) if found is not None else math.inf
+
+
+def _left(kind: str, removed: float) -> float:
+    """What a share of the channels leaves: most weights lose rows and columns, but a call has more than products."""
+    return (1 - removed) ** 2 if kind in ("bytes", "memory") else 1 - removed
 
 
 def _time_of(index: int, float_us: float) -> Callable[[Trial], float]:

@@ -51,7 +51,7 @@ class Budget:
     """How long to look for a recipe.
 
     Attributes:
-        minutes: no new candidate is begun after so many minutes.
+        minutes: no new candidate is begun after so many minutes, but for the first of each kind.
         trials: no more candidates than these are measured; None: as many as there is time for.
         trainings: no more candidates than these are trained, if a training is given; training then has the second half
             of the minutes.

@@ -1,8 +1,9 @@
 """The cheapest way to serve a model: target, recipe, buckets and replicas for the least money a million requests.
 
 Times of calls are measured where there are measurements, and predicted by the target's compiler where it predicts
-(TPU's does, as `optimal_seconds`; those for GPUs and CPUs do not). What requests wait is simulated: Poisson arrivals,
-and a server that runs what waits, up to its largest bucket, as soon as it is free. The network is not in it.
+(TPU's does, as `optimal_seconds`; those for GPUs and CPUs do not). The search's estimates predict those of this
+machine. What requests wait is simulated: Poisson arrivals, and a server that runs what waits, up to its largest bucket,
+as soon as it is free. The network is not in it.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def deploy(
         known: dict[int, float] = dict(measured_here[recipe]) if target == CPU else {}
         known |= {each.rows: each.us for each in prices.measured if (each.target, each.recipe) == (target, recipe)}
         try:
-            predicted = predict(target, recipe) if target != CPU or not known else {}
+            predicted = predict(target, recipe)
         except TuningError as error:
             predicted = {}
             if not known:

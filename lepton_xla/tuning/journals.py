@@ -32,9 +32,10 @@ class Journal:
         Raises:
             TuningError: if it belongs to another model, other data or another seed, or cannot be read or written.
         """
-        self._path = pathlib.Path(path) if path is not None else None
+        self.path = self._path = pathlib.Path(path) if path is not None else None
         self._found: dict[str, Any] = {}
-        head = json.loads(json.dumps(dict(identity)))
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        head = self.identity
         if self._path is None:
             return
         try:

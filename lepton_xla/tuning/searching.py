@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -31,15 +32,8 @@ from lepton_xla.tuning.journals import Journal
 from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.results import Stop, Tuning
 from lepton_xla.tuning.scores import output_errors
-from lepton_xla.tuning.trainings import (
-    Study,
-    Trainer,
-    first_of,
-    imported_optuna,
-    objectives_of,
-    ranges_of,
-    training_key,
-)
+from lepton_xla.tuning.studies import Study, imported_optuna, objectives_of, training_key
+from lepton_xla.tuning.trainings import Trainer, first_of, ranges_of
 from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 
 # Presets that are measured first, so that what is found is never worse than they are.
@@ -70,6 +64,7 @@ def tune(
     timer: Timer | None = None,
     progress: Progress | None = None,
     training: TrainSpec | None = None,
+    storage: str | None = None,
 ) -> Tuning:
     """Find the recipe that is best at an objective and keeps to constraints, both by measurement.
 
@@ -84,21 +79,23 @@ def tune(
         data: calibration data: input dicts, all held in memory.
         constraints: what to keep to.
         objective: what is to be least.
-        budget: how long to look.
+        budget: how long to look; one preset and one choice are measured however long that takes.
         metric: the metric of drops; by default `accuracy` if there is one, else the first.
         lower_is_better: whether it is a loss.
         buckets: symbolic dimension -> sizes the program will be compiled for; calls are timed at all of them.
         choices: what each weight may become; the first must leave it in float.
-        presets: presets that are measured first.
+        presets: presets that are measured first, in half of the time.
         seed: of the split of the rows and of the estimates; the same seed, with the same times, gives the same trials.
         journal: a file that keeps what was measured: a killed run goes on, and another budget scores nothing again.
         timer: times calls; by default a new one, which keeps its measurements on disk.
         progress: called with what begins, and how many trials of how many are done.
         training: data, optimizer, steps and loss by which candidates may be trained from the float model's weights,
             folded; its own model and compression are not used, nor its checkpoints and logs. Half of the minutes are
-            then for trained candidates. Their settings are chosen by Optuna (the extra `tune`), which with a journal
-            keeps a file beside it, `JOURNAL.optuna`; several processes may share both. Without a loss of its own they
-            learn from the float model's logits and from labels.
+            then for trained candidates. Their settings are chosen by Optuna (the extra `tune`). Without a loss of its
+            own they learn from the float model's logits and from labels.
+        storage: where Optuna keeps what was trained: a file, or the URL of a database such as `sqlite:///study.db`. By
+            default `JOURNAL.optuna`, beside the journal. Processes that share it, on several machines too, share the
+            trials; each has its own journal, or none.
 
     Returns:
         The best trial and all others. Ctrl-C ends the search, not the program: the best so far is returned.
@@ -170,7 +167,7 @@ def tune(
         candidates = Candidates(estimates, constraints, objective)
         search.run(candidates, recipes, 0.5 if trainer is not None else 1.0)
         if trainer is not None:
-            search.train(candidates, trainer, journal)
+            search.train(candidates, trainer, kept, storage)
     except KeyboardInterrupt:
         search.stopped = "interrupted"
     return Tuning(
@@ -292,57 +289,71 @@ class _Search:
         )
 
     def run(self, candidates: Candidates, presets: Sequence[Recipe], share: float) -> None:
-        """Measure the presets, then what is chosen, in a share of the time."""
+        """Measure the presets, then what is chosen, in a share of the time; at least one of each."""
         self._deadline = self._began + 60 * self._budget.minutes * share
-        for recipe in presets:
-            # A preset may unpack; what is limited is memory, so it may not here.
-            recipe = recipe.replace(unpack=self._unpack)
-            if self._measured(recipe, "preset", {}, {}) is None:
-                return
+        # A preset may unpack; what is limited is memory, so it may not here.
+        waiting = [recipe.replace(unpack=self._unpack) for recipe in presets]
+        half = (time.monotonic() + self._deadline) / 2
+        while waiting:
+            until = half if self.trials else math.inf
+            if self._measured(waiting[0], "preset", {}, {}, until) is None:
+                break
+            waiting.pop(0)
+        chosen = False
         for proposal in candidates.proposals():
             recipe, described = self._recipe(candidates.named(proposal.picked), proposal.methods)
-            trial = self._measured(recipe, proposal.origin, described, candidates.expected(proposal.picked))
+            expected = candidates.expected(proposal.picked)
+            until = self._deadline if chosen else math.inf
+            trial = self._measured(recipe, proposal.origin, described, expected, until)
             if trial is None:
                 return
             candidates.learn(proposal, trial)
+            chosen = True
+        self.stopped = "done"
+        for recipe in waiting:
+            if self._measured(recipe, "preset", {}, {}, self._deadline) is None:
+                return
 
-    def train(self, candidates: Candidates, trainer: Trainer, journal: str | None) -> None:
+    def train(self, candidates: Candidates, trainer: Trainer, kept: Journal, storage: str | None) -> None:
         """Measure candidates that are trained."""
         self._deadline = self._began + 60 * self._budget.minutes
         smallest, largest = candidates.error_range
         first = min(max(4 * smallest, FIRST_ERROR), largest)
+        by_times = self._objective == "latency" or self._constraints.max_latency_ms is not None
         asked_for = [
-            dataclasses.asdict(self._constraints), self._objective, trainer.digest, trainer.seed, smallest, largest,
+            dataclasses.asdict(self._constraints), self._objective, trainer.digest, trainer.seed,
+            {name: value for name, value in kept.identity.items() if name != "machine" or by_times},
         ]  # fmt: skip
         study = Study(
             hashlib.sha256(json.dumps(asked_for).encode()).hexdigest()[:16],
-            ranges_of(trainer, smallest, largest),
-            first_of(trainer, first),
-            path=None if journal is None else f"{journal}.optuna",
+            ranges_of(trainer),
+            first_of(trainer, math.log(first / smallest) / math.log(largest / smallest)),
+            storage=storage if storage is not None or kept.path is None else f"{kept.path}.optuna",
             seed=trainer.seed,
         )
-        for key in study.done:
-            if (found := self._kept.get(key)) is not None:
-                self.trials[key] = Trial.of_json(found)
+        self.trials |= study.done
         self.stopped = "trials"
-        while len(study.done) < self._budget.trainings:
-            if time.monotonic() > self._deadline:
+        while study.count < self._budget.trainings:
+            if time.monotonic() > self._deadline and any(trial.training for trial in self.trials.values()):
                 self.stopped = "time"
                 return
-            self._trained(study, candidates, trainer, f"training {len(study.done) + 1}")
+            self._trained(study, candidates, trainer, f"training {study.count + 1}")
+            self.trials |= study.done  # those of other processes too
 
     def _trained(self, study: Study, candidates: Candidates, trainer: Trainer, number: str) -> None:
         asked = study.ask()
-        picked = candidates.within(asked.settings["error"])
+        smallest, largest = candidates.error_range
+        removed = asked.settings.get("channels", 0.0)
+        picked = candidates.within(smallest * (largest / smallest) ** asked.settings["error"], removed=removed)
         recipe, described = self._recipe(candidates.named(picked), Methods())
         settings = {name: asked.settings[name] for name in trainer.names(recipe)}
         key = training_key(to_toml(recipe), settings, trainer.digest)
         recipe = recipe.replace(name=f"trained-{key[-8:]}")
-        expected = candidates.expected(picked)
+        expected = candidates.expected(picked, removed=removed)
         allowed = self._constraints.max_drop or 0.0
 
         def say(line: str) -> None:
-            self._say(f"{self._so_far()}; {number}, {recipe.name}: {line}", len(study.done), self._budget.trainings)
+            self._say(f"{self._so_far()}; {number}, {recipe.name}: {line}", study.count, self._budget.trainings)
 
         def check(drop: float) -> None:
             study.check(asked, expected["latency" if self._objective == "latency" else "bytes"], drop, allowed)
@@ -373,16 +384,16 @@ class _Search:
         return recipe.replace(name=name), {site: choice.name for group, choice in picked for site in group.sites}
 
     def _measured(
-        self, recipe: Recipe, origin: str, described: dict[str, str], expected: dict[str, float]
+        self, recipe: Recipe, origin: str, described: dict[str, str], expected: dict[str, float], until: float
     ) -> Trial | None:
-        """A trial, measured or from the journal; None if the budget is spent."""
+        """A trial, measured or from the journal; None if the budget is spent, or if it is past this time."""
         key = hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:16]
         known = self._kept.get(key)
         if key not in self.trials:
             if self._budget.trials is not None and len(self.trials) >= self._budget.trials:
                 self.stopped = "trials"
                 return None
-            if known is None and time.monotonic() > self._deadline:
+            if known is None and time.monotonic() > until:
                 self.stopped = "time"
                 return None
             done, total = len(self.trials), self._budget.trials or 0

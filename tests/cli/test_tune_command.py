@@ -86,7 +86,8 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
         "tune", f"{classifier}:model", "--max-drop", 5, "--objective", "bytes", *QUICK, "--json",
         "--artifact", artifact, "--key", tmp_path / "release.key", *served,
     )  # fmt: skip
-    cheapest = json.loads(made.stdout)["deployments"]["found"][0]
+    deployments = json.loads(made.stdout)["deployments"]
+    cheapest = deployments["found"][0]
     assert (cheapest["target"], cheapest["replicas"], cheapest["source"]) == ("cpu", 1, "measured")
     assert cheapest["per_million"] == pytest.approx(0.36 / (10 * 3600) * 1e6)
     said = cli("verify", artifact, "--key", tmp_path / "release.pub").stdout
@@ -102,6 +103,7 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
         (("--key", "a.key"), "--key signs the artifact"),
         (("--artifact", "my model.lepton"), "model name 'my model'"),
         (("--artifact", "a.lepton", "--key", "absent.key"), "absent.key"),
+        (("--storage", "study.db"), "--storage is where trained candidates are kept; give --train too"),
         (("--slo", "fast", "--rate", 1, "--prices", "p.toml"), "such as p99=20ms"),
     ],
 )

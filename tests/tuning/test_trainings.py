@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import socket
@@ -15,14 +16,18 @@ import optax
 import pytest
 from test_tune import LABELS, PROGRAM, X, found
 
+import lepton_xla as lx
 from lepton_xla.errors import TuningError
 from lepton_xla.train import TrainSpec, supervised
-from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, trainings, trials
-from lepton_xla.tuning.trainings import Study, Trainer
+from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, studies, trials
+from lepton_xla.tuning.candidates import Candidates, Estimates
+from lepton_xla.tuning.studies import Study
+from lepton_xla.tuning.trainings import Trainer, first_of
 
 ROOT = pathlib.Path(__file__).parents[2]
+CHILD = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
 RANGES = {"rate": (0.01, 1.0, True), "alpha": (0.0, 1.0, False)}
-FIRST = {"rate": 0.1, "alpha": 0.5}
+FIRST = [{"rate": 0.1, "alpha": 0.5}]
 SPEC = TrainSpec(
     PROGRAM,
     lambda step: {"x": X[(at := step % 6 * 100) : at + 100], "label": LABELS[at : at + 100]},
@@ -143,9 +148,8 @@ def test_another_process_has_the_same_digests():
         "import test_trainings as t, lepton_xla.tuning.trials as trials\n"
         "print(t.digest(), t.digest(loss=t.squared(2.0)), trials.digest(t.PROGRAM, [{'x': t.X}])['model'])"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, env=CHILD, capture_output=True, text=True, check=True
     )
     assert found.stdout.split() == [
         whole(),
@@ -174,7 +178,7 @@ def test_without_optuna_it_says_what_to_install(monkeypatch):
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(trainings.importlib, "import_module", missing)
+    monkeypatch.setattr(studies.importlib, "import_module", missing)
     with pytest.raises(TuningError, match=r"needs Optuna: pip install 'lepton-xla\[tune\]'"):
         Study("s", RANGES, FIRST)
     with pytest.raises(TuningError, match="needs Optuna"):
@@ -191,26 +195,26 @@ def test_the_same_seed_asks_the_same_in_one_run_or_two(optuna, tmp_path):
         return settings
 
     whole = asked(Study("s", RANGES, FIRST, seed=3), 4)
-    assert whole[0] == FIRST
+    assert whole[:1] == FIRST
     path = tmp_path / "s.optuna"
-    assert asked(Study("s", RANGES, FIRST, path=path, seed=3), 2) == whole[:2]
-    assert asked(Study("s", RANGES, FIRST, path=path, seed=3), 2) == whole[2:]
+    assert asked(Study("s", RANGES, FIRST, storage=path, seed=3), 2) == whole[:2]
+    assert asked(Study("s", RANGES, FIRST, storage=path, seed=3), 2) == whole[2:]
     assert asked(Study("s", RANGES, FIRST, seed=4), 4)[1:] != whole[1:]
 
 
 def test_what_a_killed_process_tried_is_tried_again(optuna, tmp_path):
     path = tmp_path / "s.optuna"
-    study = Study("s", RANGES, FIRST, path=path)
+    study = Study("s", RANGES, FIRST, storage=path)
     study.tell(study.ask(), "first", ended("first"), (0.1, 1.0), 0.0)
     lost = study.ask()
-    lives = Study("s", RANGES, FIRST, path=path)  # its process lives: somebody works on it
+    lives = Study("s", RANGES, FIRST, storage=path)  # its process lives: somebody works on it
     assert lives.ask().settings != lost.settings
     with subprocess.Popen(["true"]) as child:
         child.wait()
     lost.handle.set_user_attr("owner", f"{socket.gethostname()}:{child.pid}")
-    again = Study("s", RANGES, FIRST, path=path)
+    again = Study("s", RANGES, FIRST, storage=path)
     assert again.ask().settings == lost.settings
-    assert again.done == ["first"]
+    assert list(again.done) == ["first"]
 
 
 def test_a_bad_training_is_stopped_half_way(optuna):
@@ -221,13 +225,101 @@ def test_a_bad_training_is_stopped_half_way(optuna):
         study.tell(each, str(index), ended("a"), (drop, 100), 0.0)
     larger, worse = study.ask(), study.ask()
     study.check(larger, 50.0, 9.0, 0.5)  # smaller than all others, so none says that it could be better
-    with pytest.raises(trainings.StoppedError, match="points lost"):
+    with pytest.raises(studies.StoppedError, match="points lost"):
         study.check(worse, 100.0, 9.0, 0.5)
     study.tell(worse, "3", ended("b", failure="stopped", origin="stopped"), (), 0.0)
-    assert study.done == ["0", "1", "2", "3"]
+    assert list(study.done) == ["0", "1", "2", "3"]
+
+
+def told(study, key, drop=1.0):
+    asked = study.ask()
+    study.tell(asked, key, ended(key), (drop, 1.0), 0.0)
+    return asked.settings
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/s.db", "{}/s.optuna"])
+def test_two_processes_share_what_they_try_and_measure(optuna, tmp_path, storage):
+    where = storage.format(tmp_path)
+    study = Study("s", RANGES, FIRST, storage=where)
+    waits = study.ask()  # while the other works
+    code = (
+        "import sys; sys.path.insert(0, 'tests/tuning'); import test_trainings as t\n"
+        f"study = t.Study('s', t.RANGES, t.FIRST, storage={where!r})\n"
+        "print([t.told(study, f'theirs {index}')['rate'] for index in range(3)])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=CHILD, capture_output=True, text=True, check=True
+    )
+    rates = json.loads(found.stdout)
+    assert waits.settings == FIRST[0]
+    assert waits.settings["rate"] not in rates
+    study.tell(waits, "ours", ended("ours", 7), (1.0, 1.0), 0.0)
+    assert study.count == 4
+    assert {key: trial.bytes for key, trial in study.done.items()} == {
+        "ours": 7, "theirs 0": 1, "theirs 1": 1, "theirs 2": 1,
+    }  # fmt: skip
+    assert told(study, "more")["rate"] not in [*rates, waits.settings["rate"]]
+
+
+def test_two_that_ask_at_once_try_different_things(optuna, tmp_path, monkeypatch):
+    one, other = (Study("s", RANGES, [], storage=tmp_path / "s.optuna") for _ in range(2))
+    draw, drawn = Study._drawn, []
+
+    def at_once(self):
+        if not drawn:  # the other draws between this one's look at the trials and its own
+            drawn.append(None)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(other._study), "trials", property(lambda self: []))
+                drawn[0] = draw(other)
+                return draw(self)
+        return draw(self)
+
+    monkeypatch.setattr(Study, "_drawn", at_once)
+    mine = one.ask()
+    assert drawn[0].settings != mine.settings
+    assert mine.handle.number == 2  # the one that was the same is given up
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("sqlite:////nowhere/at/all.db", "sqlite:////nowhere/at/all.db: the database cannot be used"),
+        ("nothing://user:secret@host/db", r"nothing://user:\*\*\*@host/db: the database"),
+        ("postgresql+nothing://user:secret@host/db", "the database"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_without_its_password(optuna, url, said):
+    with pytest.raises(TuningError, match=said) as error:
+        Study("s", RANGES, FIRST, storage=url)
+    assert "secret" not in str(error.value)
+
+
+def test_channels_are_removed_where_there_are_some():
+    trainer = Trainer(PROGRAM, SPEC, None, 0)
+    assert "channels" in trainer.names()
+    assert [each["channels"] for each in first_of(trainer, 0.5)] == [0.0, 0.25, 0.5]
+    flat = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.ones((8, 4))}, {"x": lx.TensorSpec(("batch", 8), "float32")})
+    assert "channels" not in Trainer(flat, SPEC, None, 0).names()
+    assert len(first_of(Trainer(flat, SPEC, None, 0), 0.5)) == 1
+
+
+def test_channels_that_are_removed_make_what_is_chosen_larger_and_the_model_smaller():
+    costs = {"error": [np.array([0.0, 1.0])], "bytes": [np.array([80.0, 20.0])]}
+    candidates = Candidates(
+        Estimates([None], costs, {"bytes": 20.0, "error": 0.0}), Constraints(max_drop=1.0, max_bytes=60), "metric"
+    )
+    assert candidates.within(1.0) == (1,)  # 40 bytes; (20 + 80) in float are too many
+    assert candidates.within(1.0, removed=0.5) == (0,)  # a quarter of 100
+    assert candidates.expected((0,), removed=0.5)["bytes"] == 25
+
+
+def test_a_training_removes_channels(trained):
+    tuned, _ = trained
+    small = next(each for each in tuned.trials if each.training.get("channels") == 0.25)
+    assert tuned.build(small).weights["q"].shape == (8, 12)
 
 
 def test_a_file_of_something_else_is_refused(optuna, tmp_path):
     (tmp_path / "no.optuna").write_text("hello\nworld\n")
     with pytest.raises(TuningError, match=r"no.optuna: Optuna's journal cannot be read"):
-        Study("s", RANGES, FIRST, path=tmp_path / "no.optuna")
+        Study("s", RANGES, FIRST, storage=tmp_path / "no.optuna")
