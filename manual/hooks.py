@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import pathlib
 
-import navigation
-import sources
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from manual import llms, navigation, reference, repository
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # npm's mermaid 11.16.0, byte for byte. The theme would load it from elsewhere if a page did not bring it.
 MERMAID = ROOT / "build" / "mermaid" / "artoo_mermaid" / "assets" / "mermaid.min.js"
 MERMAID_SHA256 = "74d7c46dabca328c2294733910a8aa1ed0c37451776e8d5295da38a2b758fb9b"
 
+# Markdown of the pages as they were built, by uri.
+_shown: dict[str, str] = {}
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is not in `docs/`."""
-    for uri, text in sources.pages(ROOT).items():
+    for uri, text in {**repository.pages(ROOT), **reference.pages(ROOT)}.items():
         files.append(File.generated(config, uri, content=text))
     files.append(File.generated(config, "assets/mermaid.min.js", content=_mermaid()))
     config.nav = navigation.expanded(config.nav, files)
@@ -29,7 +32,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Links to files of the repository lead to their pages in the site."""
-    return sources.linked(markdown, page.file.src_uri, ROOT)
+    text = repository.linked(markdown, page.file.src_uri, ROOT)
+    _shown[page.file.src_uri] = text
+    return text
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Write `llms.txt`, the list of pages for language models, and `llms-full.txt`, all of their text."""
+    site = pathlib.Path(config.site_dir)
+    for name, text in llms.files(_shown, config).items():
+        (site / name).write_text(text, encoding="utf-8")
 
 
 def _mermaid() -> bytes:

@@ -36,7 +36,9 @@ def _expanded(nav: Any, files: Files, named: set[str]) -> Any:
 
 def _pages(folder: str, files: Files, named: set[str]) -> list[str]:
     pages = [
-        file for file in files.documentation_pages() if file.src_uri.startswith(folder) and file.src_uri not in named
+        file
+        for file in files.documentation_pages()
+        if file.src_uri.rpartition("/")[0] + "/" == folder and file.src_uri not in named
     ]
     return [file.src_uri for file in sorted(pages, key=lambda file: title(file.content_string).casefold())]
 

@@ -1,10 +1,15 @@
 """The Python blocks of the README and of the manual run as written."""
 
 import ast
+import functools
+import importlib.util
+import sys
 
 import jax
 import pytest
 from blocks import PAGES, ROOT, blocks, slow
+
+from lepton_xla.passes.core import timing
 
 NAMES = [
     pytest.param(
@@ -15,14 +20,36 @@ NAMES = [
 ]
 
 
+START = {
+    block.title: block.code for block in blocks((ROOT / "docs" / "start.md").read_text(encoding="utf-8")) if block.title
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """`digits.py` of docs/start.md, on which most guides build: imported, and trained, once for all pages."""
+    path = tmp_path_factory.mktemp("start") / "digits.py"
+    path.write_text(START["digits.py"], encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("digits", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.trained = functools.cache(module.trained)
+    return module
+
+
 @pytest.fixture(autouse=True)
-def as_users_run_it(tmp_path, tmp_path_factory, monkeypatch):
-    """A folder of its own, JAX as it comes, and what was measured for another page is not measured again."""
+def as_users_run_it(digits, tmp_path, monkeypatch):
+    """A folder of its own and JAX as it comes; but nothing is timed, and XLA does not optimize what it compiles."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("LEPTON_CACHE", str(tmp_path_factory.getbasetemp() / "measured"))
+    monkeypatch.setitem(sys.modules, "digits", digits)
+    (tmp_path / "digits.py").write_text(START["digits.py"], encoding="utf-8")
+    monkeypatch.setattr(timing, "_medians_us", lambda calls, *_, **__: [float(each + 1) for each in range(len(calls))])
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+    for name in {path.stem for path in tmp_path.glob("*.py")} - {"digits"}:
+        sys.modules.pop(name, None)
 
 
 def run(text, page, folder):
