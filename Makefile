@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo build/tools/bin/uv)
 RUN := .venv/bin
 
-.PHONY: setup kernels demo apps docs test test-all test-oldest test-memory lint bench clean
+.PHONY: setup kernels demo apps docs release check-release test test-all test-oldest test-memory lint bench clean
 
 setup: .venv/.ready  ## make .venv with the package and its developer tools
 
@@ -91,6 +91,22 @@ lint: setup docs  ## formatting, lint, types, and the manual
 apps: setup kernels  ## every application of examples/apps; its figures are in build/apps/summary.json
 	$(UV) pip install --quiet --python .venv/bin/python --editable '.[apps]'
 	@for app in examples/apps/*/run.py; do echo "$$app"; $(RUN)/python $$app || exit 1; done
+
+build/release-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
+	rm -rf $(@D)
+	$(UV) venv --quiet $(@D)
+	$(UV) pip install --quiet --python $(@D)/bin/python --requirements pyproject.toml
+	@touch $@
+
+release: build/release-venv/.ready  ## wheel, source distribution, and a bill of materials (CycloneDX), in dist/
+	rm -rf dist
+	$(UV) build --quiet --out-dir dist
+	$(UV) tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml \
+		--mc-type library --spec-version 1.6 --output-reproducible --output-file dist/lepton_xla.cdx.json build/release-venv/bin/python
+	@ls -l dist
+
+check-release: setup  ## install both into empty environments outside of this folder, and pass the demo there
+	JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 0 -m '' tests/release
 
 bench: setup kernels  ## every benchmark; each prints the command that repeats it
 	$(RUN)/python benchmarks/loading.py

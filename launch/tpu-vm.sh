@@ -22,7 +22,7 @@ set -e
 mkdir -p /opt/train
 python3 -m pip install uv
 uv venv --allow-existing --python 3.12 /opt/train
-uv pip install --python /opt/train 'lepton-xla[tpu]'
+uv pip install --python /opt/train 'lepton-xla[tpu,train]'
 touch /opt/train/ready
 STARTUP
     gcloud compute tpus tpu-vm create "$name" "${where[@]}" \

@@ -170,7 +170,7 @@ def _flax(facts: Mapping[str, Any]) -> Finding:
     if facts["flax_error"]:
         advice = "flax 0.12.12 is the first for jax 0.11.2 to 0.12: pip install 'flax>=0.12.12,<0.13'"
         return Finding(name, "fault", f"flax does not import with jax {facts['jax']}: {facts['flax_error']}", advice)
-    return Finding(name, "note", "flax is not installed", "only Flax models and training need it")
+    return Finding(name, "note", "flax is not installed", "for Flax models: pip install 'lepton-xla[flax]'")
 
 
 def _kernels(facts: Mapping[str, Any]) -> Finding:

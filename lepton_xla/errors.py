@@ -27,6 +27,17 @@ class LeptonError(Exception):
     """
 
 
+class MissingPackageError(LeptonError, ImportError):
+    """A part needs packages that this installation lacks; the message says which, and which extra brings them.
+
+    >>> from lepton_xla.requirements import Needs
+    >>> with Needs("train", "lx.train"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    lepton_xla.errors.MissingPackageError: lx.train needs the package no_such_package: pip install 'lepton-xla[train]'
+    """
+
+
 class ModelError(LeptonError):
     """A model, its weights, or its inputs do not fit what was declared.
 

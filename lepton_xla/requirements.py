@@ -1,4 +1,4 @@
-"""What this package asks for, as its metadata says, compared with what is installed."""
+"""What this package asks for, as its metadata says, and what is installed of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,44 @@ import dataclasses
 import importlib.metadata
 import re
 from collections.abc import Iterable
+from types import TracebackType
+
+from lepton_xla.errors import MissingPackageError
 
 PACKAGE = "lepton-xla"
 
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9._-]+)\s*(?:\[([^\]]*)\])?\s*\(?([^;)]*)\)?\s*(?:;(.*))?")
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 _CLAUSE = re.compile(r"\s*(==|!=|>=|<=|~=|<|>)\s*([^\s,]+)\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """A block that imports packages of an extra; says which extra it is if one of them is missing.
+
+    Attributes:
+        extra: the extra that brings them.
+        what: what needs them, for the message.
+
+    >>> with Needs("train", "lx.train"):
+    ...     import json
+    """
+
+    extra: str
+    what: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.startswith("lepton_xla"):
+            return
+        package = error.name.partition(".")[0]
+        raise MissingPackageError(
+            f"{self.what} needs the package {package}: pip install '{PACKAGE}[{self.extra}]'", name=error.name
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

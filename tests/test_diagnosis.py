@@ -52,7 +52,7 @@ def test_nothing_is_found_where_nothing_is_wrong(examined):
     ("facts", "name", "state", "said", "advice"),
     [
         ({"flax": None, "flax_error": "AttributeError: jax.x"}, "flax and jax", "fault", "jax.x", "flax 0.12.12"),
-        ({"flax": None, "flax_error": ""}, "flax and jax", "note", "not installed", "Flax models"),
+        ({"flax": None, "flax_error": ""}, "flax and jax", "note", "not installed", "lepton-xla[flax]"),
         ({"kernels": None}, "kernels", "note", "not installed", "make kernels"),
         ({"problem": "has interface 9"}, "kernels", "fault", "has interface 9", "build them again"),
         ({"off": True}, "kernels", "note", "switched off", "LEPTON_KERNELS"),

@@ -3,13 +3,20 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 
+import jax.numpy as jnp
 import pytest
 from sources import FILES, ROOT, TREES, imports
 
+import lepton_xla as lx
+from lepton_xla.requirements import Needs
+
 PUBLIC = [
     "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "Generator", "InputError",
-    "LaunchError", "LearningError", "LeptonError", "ModelError", "ModelSpec", "PassReport", "Plan", "Program", "Recipe",
+    "LaunchError", "LearningError", "LeptonError", "MissingPackageError", "ModelError", "ModelSpec", "PassReport",
+    "Plan", "Program", "Recipe",
     "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
     "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt",
     "data", "evaluation", "explanation", "find_sites",
@@ -166,3 +173,40 @@ def test_no_path_of_a_machine_is_in_the_package():
     for path in sorted(path for path in ROOT.rglob("*") if path.is_file() and path.suffix != ".pyc"):
         found = machine.search(path.read_text(encoding="utf-8"))
         assert not found, f"{path.name}: {found}"
+
+
+# What loading and serving need not have.
+
+
+def test_loading_and_serving_need_no_flax_optax_or_orbax(tmp_path):
+    """In a process that has none of them; `import lepton_xla` needs not even JAX."""
+    program = lx.trace(lambda w, x: x @ w, jnp.eye(2), {"x": lx.TensorSpec(("batch", 2), "float32")})
+    lx.compile(program, {"batch": (1,)}).save(tmp_path / "model.lepton")
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('flax', 'optax', 'orbax', 'grain', 'sklearn'))\n"
+        "import lepton_xla as lx, lepton_xla.serve.server, lepton_xla.cli.serve\n"
+        "assert 'jax' not in sys.modules\n"
+        "print(lx.load('model.lepton')(x=[[1.0, 2.0]])['output'].tolist())\n"
+        "assert callable(lx.compile) and callable(lx.optimize)\n"
+        "for what in (lambda: lx.train, lambda: lx.from_nnx(object(), {})):\n"
+        "    try:\n"
+        "        what()\n"
+        "    except lx.MissingPackageError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        "[[1.0, 2.0]]",
+        "lx.train needs the package orbax: pip install 'lepton-xla[train]'",
+        "a Flax module needs the package flax: pip install 'lepton-xla[flax]'",
+    ], done.stderr
+
+
+def test_a_module_of_this_package_that_is_missing_is_a_bug_and_not_an_extra():
+    with pytest.raises(ModuleNotFoundError, match="no_such_part"), Needs("train", "lx.train"):
+        importlib.import_module("lepton_xla.no_such_part")
+    with pytest.raises(lx.MissingPackageError) as caught, Needs("train", "lx.train"):
+        importlib.import_module("no_such_package.inside")
+    assert isinstance(caught.value, ImportError)
+    assert str(caught.value) == "lx.train needs the package no_such_package: pip install 'lepton-xla[train]'"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lepton_xla.adapters.metadata import linen_axes
 from lepton_xla.adapters.modules import method_of, mode_arguments
 from lepton_xla.errors import ModelError
+from lepton_xla.requirements import Needs
 
 type Steps = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 """`init_cache`, `prefill` and `decode` of a `Generator`."""
@@ -50,7 +51,8 @@ def linen_steps(module: Any, variables: Mapping[str, Any]) -> tuple[Steps, Any]:
 
 def nnx_steps(module: Any) -> tuple[Steps, Any]:
     """The steps of an NNX module, and its weights."""
-    from flax import nnx
+    with Needs("flax", "a Flax module"):
+        from flax import nnx
 
     if not isinstance(module, nnx.Module):
         raise ModelError(f"from_nnx takes a flax.nnx.Module, not a {type(module).__name__}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lepton_xla.requirements import Needs
 from lepton_xla.trees import name_leaves
 
 type Axes = dict[str, tuple[Any, ...]]
@@ -20,7 +21,8 @@ def linen_axes(variables: Mapping[str, Any]) -> tuple[Any, Axes]:
     >>> linen_axes({"params": {"kernel": nn.Partitioned(np.ones((2, 3)), ("embed", "mlp"))}})[1]
     {'params/kernel': ('embed', 'mlp')}
     """
-    from flax.core import meta
+    with Needs("flax", "a Flax module"):
+        from flax.core import meta
 
     def is_box(leaf: Any) -> bool:
         return isinstance(leaf, meta.AxisMetadata)
@@ -44,7 +46,8 @@ def nnx_axes(state: Any) -> Axes:
     >>> nnx_axes(nnx.state(module))
     {'kernel': ('embed', 'mlp')}
     """
-    from flax import nnx
+    with Needs("flax", "a Flax module"):
+        from flax import nnx
 
     found: Axes = {}
     for path, variable in nnx.to_flat_state(state):

@@ -12,6 +12,7 @@ from lepton_xla.adapters.metadata import linen_axes, nnx_axes
 from lepton_xla.adapters.written import written
 from lepton_xla.errors import ModelError
 from lepton_xla.program import Program, TensorSpec, probe_sizes, trace
+from lepton_xla.requirements import Needs
 from lepton_xla.trees import abstract, name_leaves, some_names
 
 # Arguments by which Linen modules are told that they are not trained.
@@ -85,7 +86,8 @@ def from_nnx(module: Any, inputs: Mapping[str, TensorSpec], *, method: str | Non
     >>> sorted(program.weights), str(program.outputs["output"])
     (['bias', 'kernel'], 'float32[batch, 3]')
     """
-    from flax import nnx
+    with Needs("flax", "a Flax module"):
+        from flax import nnx
 
     if not isinstance(module, nnx.Module):
         raise ModelError(

@@ -9,6 +9,7 @@ import jax
 
 from lepton_xla.adapters.modules import method_of, mode_arguments
 from lepton_xla.errors import ModelError
+from lepton_xla.requirements import Needs
 from lepton_xla.trees import name_leaves
 
 type Apply = Callable[..., tuple[Any, dict[str, jax.Array]]]
@@ -56,7 +57,8 @@ def nnx_training(
     Raises:
         ModelError: if it is no NNX module, lacks the method, or has no parameters.
     """
-    from flax import nnx
+    with Needs("flax", "a Flax module"):
+        from flax import nnx
 
     if not isinstance(module, nnx.Module):
         raise ModelError(f"expected a flax.nnx.Module, not a {type(module).__name__}")

@@ -19,7 +19,7 @@ _READY = "/opt/train"
 _SETUP = (
     "python3 -m pip install uv",
     f"uv venv --allow-existing --python 3.12 {_READY}",
-    f"uv pip install --python {_READY} 'lepton-xla[tpu]'",
+    f"uv pip install --python {_READY} 'lepton-xla[tpu,train]'",
 )
 
 

@@ -1,29 +1,32 @@
 """Training: the loop, compression while training, distillation, checkpoints."""
 
-from lepton_xla.recipe import PruneRule
-from lepton_xla.train.checkpoints import Checkpoints
-from lepton_xla.train.compression import Compression, Stage
-from lepton_xla.train.distillation import (
-    Answers,
-    Distillation,
-    Features,
-    Labels,
-    Logits,
-    distill,
-    every_nth_layer,
-    teach,
-)
-from lepton_xla.train.evaluations import Evaluation
-from lepton_xla.train.loop import fit
-from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
-from lepton_xla.train.preemption import Preempted
-from lepton_xla.train.runs import Result
-from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
-from lepton_xla.train.sizing import Size, largest_batch, size
-from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
-from lepton_xla.train.specs import TrainSpec, schedule
-from lepton_xla.train.state import State
-from lepton_xla.train.transfer import freeze, low_rank, merge
+from lepton_xla.requirements import Needs
+
+with Needs("train", "lx.train"):
+    from lepton_xla.recipe import PruneRule
+    from lepton_xla.train.checkpoints import Checkpoints
+    from lepton_xla.train.compression import Compression, Stage
+    from lepton_xla.train.distillation import (
+        Answers,
+        Distillation,
+        Features,
+        Labels,
+        Logits,
+        distill,
+        every_nth_layer,
+        teach,
+    )
+    from lepton_xla.train.evaluations import Evaluation
+    from lepton_xla.train.loop import fit
+    from lepton_xla.train.models import Model, from_linen, from_nnx, supervised
+    from lepton_xla.train.preemption import Preempted
+    from lepton_xla.train.runs import Result
+    from lepton_xla.train.schedules import Schedule, one_shot, periodic, polynomial
+    from lepton_xla.train.sizing import Size, largest_batch, size
+    from lepton_xla.train.sparsity import Regrow, SparsityState, finalize, masks_of, sparsify
+    from lepton_xla.train.specs import TrainSpec, schedule
+    from lepton_xla.train.state import State
+    from lepton_xla.train.transfer import freeze, low_rank, merge
 
 __all__ = [
     "Answers",
