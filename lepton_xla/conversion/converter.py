@@ -61,11 +61,13 @@ class Converter:
         """Bytes of memory that one element of an input becomes."""
         return self.conversion.inputs[name].row_bytes
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, inputs: Mapping[str, Any], *, images: int | None = None) -> dict[str, Any]:
         """Convert inputs; those without a step stay as they are.
 
         Args:
             inputs: texts as `str` or UTF-8 bytes, files of images as bytes; lists or arrays of these.
+            images: bound on the pixels to be decoded: those of so many images of the most pixels. Of smaller ones there
+                may be more, and of JPEG files, which are decoded at as little as an eighth of their width and height.
 
         Raises:
             InputError: for a value that cannot be converted; names its row.
@@ -73,7 +75,7 @@ class Converter:
         found: dict[str, Any] = {}
         for name, value in inputs.items():
             step = self.conversion.inputs.get(name)
-            found |= {name: value} if step is None else self._convert(name, step, value)
+            found |= {name: value} if step is None else self._convert(name, step, value, images)
         return found
 
     def named(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -85,7 +87,7 @@ class Converter:
                 found[name] = np.array(texts, np.str_).reshape(found[name].shape)
         return found
 
-    def _convert(self, name: str, step: Step, value: Any) -> dict[str, np.ndarray]:
+    def _convert(self, name: str, step: Step, value: Any, images: int | None) -> dict[str, np.ndarray]:
         values = _objects(name, value)
         if isinstance(step, Categories):
             words = [_text(item, f"input {name!r}, element {at}") for at, item in enumerate(values.ravel().tolist())]
@@ -94,7 +96,7 @@ class Converter:
             kind = "texts" if isinstance(step, Texts) else "files"
             raise InputError(f"input {name!r} has {values.ndim} dimensions; it is a list of {kind}, one a row")
         items = values.tolist()
-        return self._tokens(name, step, items) if isinstance(step, Texts) else self._pixels(name, step, items)
+        return self._tokens(name, step, items) if isinstance(step, Texts) else self._pixels(name, step, items, images)
 
     def _indices(self, name: str, step: Categories, words: Sequence[str]) -> np.ndarray:
         table: dict[str, int] = self._tools[name]
@@ -128,14 +130,19 @@ class Converter:
             mask[row, : len(each)] = 1
         return {step.tokens: tokens, **({step.mask: mask} if step.mask else {})}
 
-    def _pixels(self, name: str, step: Images, items: Sequence[Any]) -> dict[str, np.ndarray]:
-        pixels = np.zeros((len(items), step.height, step.width, step.channels), np.uint8)
-        sizes = np.ones((len(items), 2), np.int32)
+    def _pixels(self, name: str, step: Images, items: Sequence[Any], images: int | None) -> dict[str, np.ndarray]:
+        decoder: Decoder = self._tools[name]
+        counted, most = 0, 0 if images is None else images * step.max_pixels
         for row, item in enumerate(items):
             where = f"input {name!r}, row {row}"
             if not isinstance(item, bytes):
                 raise InputError(f"{where} is a {type(item).__name__}, not the bytes of a JPEG or PNG file")
-            sizes[row] = self._tools[name].decode(item, pixels[row], where)
+            if images is not None and (counted := counted + decoder.count(item, where)) > most:
+                raise InputError(f"{where}: more than {most} pixels in one request; send fewer images at once")
+        pixels = np.zeros((len(items), step.height, step.width, step.channels), np.uint8)
+        sizes = np.ones((len(items), 2), np.int32)
+        for row, item in enumerate(items):
+            sizes[row] = decoder.decode(item, pixels[row], f"input {name!r}, row {row}")
         return {step.pixels: pixels, step.size: sizes}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,36 @@ class Decoder:
         self._step = step
         self._bomb = (self._image.DecompressionBombError, self._image.DecompressionBombWarning)
 
+    def count(self, data: bytes, where: str) -> int:
+        """Pixels that decoding a file makes, from its header.
+
+        Raises:
+            InputError: as `decode`.
+        """
+        with self._opened(data, where) as image:
+            width, height = image.size
+            return width * height
+
+    @contextlib.contextmanager
+    def _opened(self, data: bytes, where: str) -> Generator[Any]:
+        """An image of which only the header is read, at the size that it will be decoded at."""
+        step = self._step
+        try:
+            with self._image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+                width, height = image.size
+                if width * height > step.max_pixels:
+                    raise InputError(f"{where} has {width} x {height} pixels, more than {step.max_pixels}")
+                if image.format == "JPEG" and image.mode in ("L", "RGB", "YCbCr"):
+                    side = max(step.height, step.width)
+                    image.draft(image.mode, (side, side))
+                yield image
+        except InputError:
+            raise
+        except self._bomb as error:
+            raise InputError(f"{where} has more than {step.max_pixels} pixels") from error
+        except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and others
+            raise InputError(f"{where} is no whole JPEG or PNG file: {_short(error)}") from error
+
     def decode(self, data: bytes, canvas: np.ndarray, where: str) -> tuple[int, int]:
         """Decode one file into the upper left corner of a canvas.
 
@@ -54,21 +86,8 @@ class Decoder:
             InputError: if it is neither JPEG nor PNG, is damaged, or has too many pixels.
         """
         step = self._step
-        try:
-            with self._image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                width, height = image.size  # from the header; nothing is decoded yet
-                if width * height > step.max_pixels:
-                    raise InputError(f"{where} has {width} x {height} pixels, more than {step.max_pixels}")
-                if image.format == "JPEG" and image.mode in ("L", "RGB", "YCbCr"):
-                    side = max(step.height, step.width)
-                    image.draft(image.mode, (side, side))
-                found = self._as_mode(self._ops.exif_transpose(image))
-        except InputError:
-            raise
-        except self._bomb as error:
-            raise InputError(f"{where} has more than {step.max_pixels} pixels") from error
-        except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, struct.error and others
-            raise InputError(f"{where} is no whole JPEG or PNG file: {_short(error)}") from error
+        with self._opened(data, where) as image:
+            found = self._as_mode(self._ops.exif_transpose(image))
         if found.width > step.width or found.height > step.height:
             found.thumbnail((step.width, step.height), self._image.Resampling.BILINEAR, reducing_gap=None)
         pixels = np.asarray(found)

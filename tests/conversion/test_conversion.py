@@ -151,6 +151,19 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
+def test_the_pixels_of_one_request_are_bounded_together_before_any_is_decoded(monkeypatch):
+    step = Images(pixels="p", size="s", height=8, width=8, channels=3, max_pixels=10_000)
+    convert = converter.Converter(Conversion(inputs={"image": step}), {"p": ("batch", 8, 8, 3), "s": ("batch", 2)})
+    large = file_of(plain((200, 0, 0), 100, 100))
+    # A JPEG file is decoded at an eighth of its size: it counts for little.
+    files = [large, large, *[file_of(plain((200, 0, 0), 96, 96), "JPEG")] * 3]
+    assert convert({"image": files[1:]}, images=2)["s"].tolist() == [[8, 8]] * 4
+    assert len(convert({"image": [large] * 3})["s"]) == 3, "whoever has the files decodes as many as there are"
+    monkeypatch.setattr(Image.Image, "convert", None)  # nothing is decoded
+    with pytest.raises(lx.InputError, match="'image', row 2: more than 20000 pixels in one request; send fewer"):
+        convert({"image": files}, images=2)
+
+
 @pytest.mark.parametrize("side", [200, 12_000, 30_000])
 def test_too_many_pixels_are_refused_by_the_header(side, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", None)  # nothing is decoded

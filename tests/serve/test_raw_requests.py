@@ -17,6 +17,7 @@ import lepton_xla as lx
 from lepton_xla.conversion.pictures import Decoder
 from lepton_xla.serve import Limits, Options, Server
 from lepton_xla.serve.client import Client
+from lepton_xla.serve.protocol import raw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
 
@@ -199,3 +200,11 @@ def test_the_event_loop_goes_on_while_images_are_decoded(url, monkeypatch):
     monkeypatch.setattr(Decoder, "decode", slow)
     status, _ = post(f"{url}/v2/models/colors/infer", jpeg(), Content_Type="image/jpeg")
     assert (status, loops) == (200, [None])
+
+
+def test_what_one_request_may_have_decoded_is_bounded(url, monkeypatch):
+    monkeypatch.setattr(raw, "_IMAGES", 0)
+    monkeypatch.setattr(Decoder, "decode", None)
+    status, why = post(f"{url}/v2/models/colors/infer", jpeg(), Content_Type="image/jpeg")
+    assert status == 400
+    assert "send fewer images at once" in why

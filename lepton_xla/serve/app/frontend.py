@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -94,7 +94,7 @@ class HTTPFrontEnd:
         metrics.monitoring = Monitoring(rules, url_of((options.host, options.port), options), sends=sends)
         self._gather: Gather = gather or (lambda then: then(metrics))
         self._director: Director | None = None
-        self._revoked: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._revoked: dict[tuple[str, str], asyncio.Task[bool]] = {}
         self._counted: ServerMetrics | None = None
         self._directing: asyncio.Task[None] | None = None
         if sends and control is not None and repository:
@@ -179,14 +179,31 @@ class HTTPFrontEnd:
             for each in self._models
         )  # fmt: skip
         if self._director is not None and self._options.certificate_rollback:
-            for broken in metrics.monitoring.broken:
-                if broken not in self._revoked:
-                    self._revoked[broken] = asyncio.get_running_loop().create_task(self._director.revoke(*broken))
+            self._revoke(self._director, metrics.monitoring.broken)
         if self._director is not None and (self._directing is None or self._directing.done()):
             self._directing = asyncio.get_running_loop().create_task(self._direct(self._director, metrics))
         if self._adjuster is not None and (self._adjusting is None or self._adjusting.done()):
             self._counted = metrics
             self._adjusting = asyncio.get_running_loop().create_task(self._adjust(self._adjuster))
+
+    def _revoke(self, director: Director, broken: Sequence[tuple[str, str]]) -> None:
+        """Has labels leave versions whose certificate does not hold: whenever they stand there, not once only."""
+        for key in [key for key, task in self._revoked.items() if task.done() and key not in broken]:
+            del self._revoked[key]
+        for name, version in broken:
+            before = self._revoked.get((name, version))
+            again = before is None or (before.done() and before.result())
+            if again and self._models.labels(name).get("stable") == version:
+                self._revoked[name, version] = asyncio.get_running_loop().create_task(
+                    self._leave(director, name, version)
+                )
+
+    async def _leave(self, director: Director, name: str, version: str) -> bool:
+        try:
+            return await director.revoke(name, version)
+        except Exception:
+            _log.exception("the label of model %s could not leave version %s", name, version)
+            return False
 
     async def _adjust(self, adjuster: Adjuster) -> None:
         """Has weights that move in steps go on."""

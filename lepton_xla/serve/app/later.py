@@ -17,8 +17,8 @@ from lepton_xla.serve.protocol import metadata
 
 _log = logging.getLogger("lepton_xla.serve")
 
-STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 400, "large": 507}
-"""HTTP status by kind of `RepositoryError`."""
+STATUS = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 503, "large": 507}
+"""HTTP status by kind of `RepositoryError`, whichever route it is of."""
 
 
 class Later:

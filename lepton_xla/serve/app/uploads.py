@@ -12,6 +12,7 @@ import msgspec
 
 from lepton_xla.errors import ArtifactError, RepositoryError
 from lepton_xla.listing import is_sha256
+from lepton_xla.serve.app.later import STATUS
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.found import Found
@@ -75,8 +76,7 @@ class RepositoryChanges:
         except (RepositoryError, ArtifactError) as error:
             self._tell(work.action, parameters, who, None, reason=without_path(str(error), self._root))
             kind = error.kind if isinstance(error, RepositoryError) else "invalid"
-            status = {"invalid": 400, "missing": 404, "conflict": 409, "failed": 503}[kind]
-            raise HTTPError(status, without_path(str(error), self._root)) from error
+            raise HTTPError(STATUS[kind], without_path(str(error), self._root)) from error
 
     def _tell(self, action: str, parameters: dict[str, str], who: str, result: Any, **details: str) -> None:
         if not action:

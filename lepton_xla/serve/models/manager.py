@@ -184,7 +184,7 @@ class Manager:
             who: asks for it.
 
         Raises:
-            RepositoryError: if there is no such model, or a version that is wanted cannot be loaded.
+            RepositoryError: if there is no such model; kind `invalid` if a version that is wanted cannot be loaded.
         """
         try:
             found = await asyncio.to_thread(self._repository.find, name)
@@ -207,7 +207,7 @@ class Manager:
             if model.overrides != before:
                 model.overrides = before  # or what serves would be loaded anew with them, again and again
                 model.failures.clear()
-            raise RepositoryError("failed", said)
+            raise RepositoryError("invalid", said)
 
     async def unload(self, name: str, who: str = "") -> None:
         """Takes a model out. What is under way is answered still.

@@ -226,14 +226,20 @@ class Repository:
                 self._move(name, label, self._track(name, label, stands).moved(version))
             return stands
 
-    def rollback(self, name: str, label: str = "stable") -> tuple[str, str]:
+    def rollback(self, name: str, label: str = "stable", version: str | None = None) -> tuple[str, str]:
         """Move a label back to the version that it stood on before; versions that were removed are passed over.
+
+        Args:
+            name: the model's.
+            label: the label.
+            version: where it must stand now, for whoever has looked before; None for wherever it stands.
 
         Returns:
             The version that it stood on, and the one that it stands on now.
 
         Raises:
-            RepositoryError: `missing` if there is no such model or label, or nothing before.
+            RepositoryError: `missing` if there is no such model or label, or nothing before; `conflict` if it stands
+                elsewhere.
         """
         check_label(label)
         with self._locked(name):
@@ -241,6 +247,8 @@ class Repository:
             stands = self._settings(name).labels.get(label)
             if stands is None:
                 raise RepositoryError("missing", f"model {name!r} has no label {label!r}")
+            if version not in (None, stands):
+                raise RepositoryError("conflict", f"label {label!r} of model {name!r} stands on version {stands} now")
             before = self._track(name, label, stands).before
             while before and (before[-1] not in found.versions or before[-1] == stands):
                 before = before[:-1]

@@ -31,6 +31,8 @@ from lepton_xla.serve.protocol.signature import Signature, Tensor
 
 # Strings that the JSON part may have for each tensor, beside its elements: keys, values and names.
 _STRINGS_PER_TENSOR = 32
+# Images of a model's most pixels that one request may bring. Decoding one may take a quarter of a second.
+_IMAGES = 16
 
 _DECODER = msgspec.json.Decoder(RequestHead)
 _STRINGS = msgspec.json.Decoder(list[str])
@@ -137,7 +139,7 @@ def converted(signature: Signature, given: dict[str, Any]) -> tuple[list[np.ndar
     """
     assert signature.converter is not None
     try:
-        made = signature.converter(given)
+        made = signature.converter(given, images=_IMAGES)
     except InputError as error:
         raise HTTPError(400, str(error)) from error
     sizes: dict[str, int] = {}

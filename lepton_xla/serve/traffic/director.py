@@ -128,24 +128,32 @@ class Director:
             except (RepositoryError, OSError) as error:
                 _log.error("the rollout of model %s cannot be carried out now: %s", name, error)
 
-    async def revoke(self, name: str, version: str) -> None:
-        """Moves the label `stable` from a version whose certificate does not hold back to the one before."""
+    async def revoke(self, name: str, version: str) -> bool:
+        """Moves the label `stable` from a version whose certificate does not hold back to the one before.
+
+        Returns:
+            Whether to try again if it stands there still: not where it never stood elsewhere, say.
+        """
         try:
             found = await asyncio.to_thread(self._repository.find, name)
             if found.settings.labels.get(_STABLE) != version:
-                return
-            _, before = await asyncio.to_thread(self._repository.rollback, name, _STABLE)
+                return True
+            _, before = await asyncio.to_thread(self._repository.rollback, name, _STABLE, version)
         except (RepositoryError, OSError) as error:
             _log.error(
                 "version %s of model %s keeps its label, though its certificate does not hold: %s", version, name, error
             )
             self._record("certificate", "rollback", f"{name}/{version}", "failed", reason=str(error))
-            return
+            return isinstance(error, OSError) or error.kind == "failed"
         _log.warning(
             "the certificate of version %s of model %s does not hold: back to version %s", version, name, before
         )
         self._record("certificate", "rollback", f"{name}/{version}", "done", reason=f"back to version {before}")
-        await self._reroute(name, "certificate")
+        try:
+            await self._reroute(name, "certificate")
+        except RepositoryError as error:
+            _log.error("the label of model %s has moved, and is not followed yet: %s", name, error)
+        return True
 
     async def _look(self, name: str, known: Mapping[str, Known]) -> None:
         found = await asyncio.to_thread(self._repository.find, name)

@@ -277,7 +277,7 @@ def test_explicit_mode_loads_what_is_asked_for_and_nothing_else():
         run.shelf.models["m"] = found("m", "1", "2", "3")
         with pytest.raises(RepositoryError, match="version 3: torn") as caught:
             await run.manager.load("m")
-        assert (caught.value.kind, run.loaded()) == ("failed", ["2"])
+        assert (caught.value.kind, run.loaded()) == ("invalid", ["2"])
         run.manager._found["m"] = found("m", "1", problem="model.toml: torn")
         await run.manager.unload("m", who="ci")
         assert run.loaded() == []

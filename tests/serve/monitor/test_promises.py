@@ -66,7 +66,8 @@ def test_a_label_goes_back_once(tmp_path, stands, fails, recorded):
         def find(self, name):
             return types.SimpleNamespace(settings=types.SimpleNamespace(labels={"stable": stands}))
 
-        def rollback(self, name, label):
+        def rollback(self, name, label, version):
+            assert version == "2"
             if fails:
                 raise RepositoryError("missing", "stood on no other version before")
             moved.append((name, label))
@@ -77,7 +78,7 @@ def test_a_label_goes_back_once(tmp_path, stands, fails, recorded):
 
     director = Director(tmp_path, lambda: None, reroute, lambda *what, **more: records.append((what, more)))
     director._repository = Repository()
-    asyncio.run(director.revoke("digits", "2"))
+    assert asyncio.run(director.revoke("digits", "2")) is not fails
     assert [what[3] for what, _ in records] == recorded
     assert moved == ([("digits", "stable")] if recorded == ["done"] else [])
     assert rerouted == ([("digits", "certificate")] if recorded == ["done"] else [])

@@ -20,12 +20,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from numbered import wait
 
 import lepton_xla as lx
+from lepton_xla.certificates import Certificate
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.app import frontend
 from lepton_xla.serve.client.repository import RepositoryClient
 from lepton_xla.serve.models.repository import Repository
 
 ACCURACY = {"1": 0.9, "2": 0.9}
+CERTIFICATE = Certificate(
+    metric="accuracy", float_value=0.98, value=0.97, drop=1.0, low=0.5, high=1.5, rows=500, all_rows=1000,
+    data="0" * 64, weights_bytes=1, float_bytes=4, recipe="int8", promised=0.95,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +136,44 @@ def test_a_worse_version_goes_back_and_a_better_one_stays(repository, monkeypatc
     assert decisions[0]["who"] == "anonymous"
     assert decisions[-1] == decisions[-1] | {"who": "rollout", "outcome": state, "target": "m/2"}
     assert decisions[-1]["details"]["reason"].startswith("accuracy")
+
+
+def test_a_version_that_breaks_its_certificate_goes_back_whenever_it_is_stable(repository, made, monkeypatch, tmp_path):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.05)
+    model = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
+    certified = lx.compile(model, {"batch": (1, 8)}, name="m").with_certificate(CERTIFICATE)
+    certified.save(tmp_path / "certified.lepton")
+    repository.push(tmp_path / "certified.lepton", "m")
+    log = tmp_path / "audit.jsonl"
+
+    def stable():
+        return repository.find("m").settings.labels["stable"]
+
+    def records():
+        told = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [(each["target"], each["outcome"]) for each in told if each["who"] == "certificate"]
+
+    options = Options(port=0, repository_poll_s=0.05, audit_log=log, certificate_rollback=True)
+    with Server(options=options, repository=repository.root) as server, RepositoryClient(server.url) as client:
+        client.set_traffic("m", {"shares": {"1": 0.5, "3": 0.5}})
+        with People(server, {"1": 0.7, "3": 0.7}) as people:  # version 1 promises nothing
+            wait(lambda: any(alert.state == "firing" for alert in server.metrics.monitoring.alerts))
+            time.sleep(0.2)
+            assert (stable(), records()) == ("1", []), "no label stands on it"
+            client.clear_traffic("m")
+            for times in (1, 2):
+                client.promote("m", "3")
+                wait(lambda times=times: records() == times * [("m/3", "done")])
+                assert stable() == "1"
+                wait(lambda: client.traffic("m")["versions"][0]["share"] == 1.0)
+        assert not people.failed
+        # There is nothing to go back to: that is told once.
+        (repository.root / "m" / "model.toml").write_text('versions = "all"\n[labels]\nstable = "3"\n')
+        for version in ("1", "2"):
+            repository.remove("m", version)
+        wait(lambda: records()[2:] == [("m/3", "failed")])
+        time.sleep(0.3)
+        assert (stable(), len(records())) == ("3", 3)
 
 
 def test_a_bandit_learns_from_the_answers_that_it_shared_out(repository, monkeypatch):
