@@ -46,11 +46,11 @@ def _section(context: click.Context) -> str:
     parts.append(_help(command.help or "") + "\n")
     rows = [_row(parameter, context) for parameter in command.params if isinstance(parameter, click.Option)]
     if rows:
-        parts.append(table(["option", "", "default"], rows) + "\n")
+        parts.append(table(["option", ""], rows) + "\n")
     return "".join(parts)
 
 
-def _row(option: click.Option, context: click.Context) -> tuple[str, str, str]:
+def _row(option: click.Option, context: click.Context) -> tuple[str, str]:
     names = ", ".join([*option.opts, *option.secondary_opts])
     value = "" if option.is_flag or option.count else f" {option.make_metavar(context)}"
     extra = option.get_help_extra(context)
@@ -60,7 +60,9 @@ def _row(option: click.Option, context: click.Context) -> tuple[str, str, str]:
     if said := ", ".join(filter(None, notes)):
         text += f" ({said})"
     default = extra.get("default", "")
-    return code(names + value), text, code(default) if default else ""
+    if default:
+        text += f" Default: {code(default)}."
+    return code(names + value), text
 
 
 def _help(text: str) -> str:

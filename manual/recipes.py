@@ -32,11 +32,11 @@ def page() -> str:
         texts = {name: text for each in reversed(kind.__mro__) for name, text in attributes(each.__doc__ or "").items()}
         hints = typing.get_type_hints(kind, include_extras=True)
         rows = [
-            (code(field.name), code(values(hints[field.name])), code(_default(field)), texts[field.name])
+            (code(field.name), f"{texts[field.name]} {_said(values(hints[field.name]), _default(field))}")
             for field in msgspec.structs.fields(kind)
         ]
         parts.append(f"## {title.replace('[', chr(92) + '[')}\n\n")
-        parts.append(table(["key", "values", "default", ""], rows) + "\n")
+        parts.append(table(["key", ""], rows) + "\n")
     parts.append("## Presets\n\nEach is a file that you can copy and change: `leptonx recipes NAME` prints it.\n\n")
     for name in presets():
         parts.append(f"### {name}\n\n```toml\n{preset_text(name).rstrip()}\n```\n\n")
@@ -90,6 +90,11 @@ def _pattern(pattern: str) -> str:
             found[-1] += character
     found = [each.replace(r"\d{1,4}:\d{1,4}", "N:M") for each in found]
     return ", ".join(each if each == "N:M" else re.sub(r":.*", ":...", each) for each in found)
+
+
+def _said(allowed: str, default: str) -> str:
+    """Values and default: two columns are all that a phone has room for."""
+    return f"<br>Values: {code(allowed)}. Default: {code(default)}."
 
 
 def _default(field: msgspec.structs.FieldInfo) -> str:
