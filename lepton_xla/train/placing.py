@@ -78,7 +78,7 @@ def put_batch(batch: Mapping[str, np.ndarray], placement: Placement | None, *, l
         ShardingError: if the mesh cannot split the rows evenly.
     """
     if placement is None:
-        return {name: jax.device_put(leaf) for name, leaf in batch.items()}
+        return jax.device_put(dict(batch))
     sharding = placement.batch
     if local:
         return {name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in batch.items()}
