@@ -182,6 +182,7 @@ class Slots:
 
     def _search(self, sequence: Generation, beams: Beams, logits: np.ndarray) -> None:
         """Take the next tokens of all beams of a sequence; each goes on in a slot that has its tokens before."""
+        parents: Sequence[int] = ()
         try:
             parents = beams.advance(logits)
         except ValueError as error:
