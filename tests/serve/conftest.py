@@ -1,5 +1,3 @@
-import shutil
-
 import pytest
 from serve_fakes import Affine
 
@@ -33,21 +31,3 @@ def make_server():
             if hasattr(servable, "gate"):
                 servable.gate.set()
         running.stop()
-
-
-@pytest.fixture
-def browser():
-    """A page of a headless Chromium. Neither it nor playwright is a package of the project."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as run:
-        running = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = running.new_page(viewport={"width": 390, "height": 800})
-        page.said = []
-        page.on("console", lambda message: page.said.append(message.text))
-        page.on("pageerror", lambda error: page.said.append(str(error)))
-        page.on("dialog", lambda dialog: dialog.accept())
-        yield page
-        running.close()

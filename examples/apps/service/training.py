@@ -1,0 +1,126 @@
+"""Trains the model: the kind of each question, and the words of the replies."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import network
+import numpy as np
+import optax
+import questions
+import words
+
+import lepton_xla as lx
+from lepton_xla import train
+
+BATCH, WHOLE, LENGTH = 128, 16, 32  # questions of a step, whole replies of it, tokens of a question
+RATE, REST, DROPOUT, MISSING = 2e-3, 0.1, 0.2, 0.1
+# Shares of the training questions: held out, refused of these; so many strangers are added.
+VALIDATION, REFUSED, STRANGE = 0.1, 0.04, 0.1
+SLOTS = 8
+
+
+def untrained(made: words.Words, folder: pathlib.Path | None, seed: int) -> train.Model:
+    """The model, whose encoder stays as it is if it was read from a folder."""
+    encoder = network.read_encoder(folder) if folder else network.small_encoder(made.first, seed)
+    weights = encoder | network.decoder(made, encoder["encoder/norm/weight"].shape[0], seed)
+    generator = lx.Generator(
+        *network.steps(made), weights, slots=SLOTS, capacity=network.PLACES, encoder_decoder=True,
+        end_tokens=[made.first + made.end], tokenizer=made.data,
+    )  # fmt: skip
+    return train.freeze(generator.program, ["threshold", *(["encoder/.*"] if folder else [])])
+
+
+def encoded(weights: Mapping[str, jax.Array], tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """What a fixed encoder makes of all questions, once: float16 `[questions, LENGTH, features]`."""
+    encode, found = jax.jit(network.encode), list[np.ndarray]()
+    for at in range(0, len(tokens), 256):
+        rows = np.arange(at, at + 256) % len(tokens)
+        found.append(np.asarray(encode(dict(weights), tokens[rows], lengths[rows]), np.float16))
+    return np.concatenate(found)[: len(tokens)]
+
+
+def loss_of(made: words.Words) -> Any:
+    """The cross-entropy of the kind of each question, and of all words of some replies.
+
+    Which word follows depends on the kind, so replies of any kind are learned with any question, few in a batch.
+    """
+    replies = jnp.asarray(made.replies)
+
+    def loss(weights: Any, batch: Any, key: Any, state: Any) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        w = {**state, **weights}
+        draws, features, missing, dropped = jax.random.split(key, 4)
+        tokens, kinds = batch["tokens"], batch["kind"]
+        lost = jax.random.bernoulli(dropped, MISSING, tokens.shape) & (tokens > 3)  # some words are not known
+        states, seen = _read(w, {**batch, "tokens": jnp.where(lost, 1, tokens)})
+        states = states * (jax.random.bernoulli(features, 1 - DROPOUT, states.shape) / (1 - DROPOUT))
+        seen = seen & (jax.random.bernoulli(missing, 1 - MISSING, seen.shape) | (jnp.arange(seen.shape[1])[None] == 0))
+        first = _first(w, states, seen)
+        of_kind = optax.softmax_cross_entropy_with_integer_labels(first, kinds).mean()
+        said = replies[jax.random.randint(draws, (WHOLE,), 0, made.kinds)]
+        logits = network.replay(w, states[:WHOLE], seen[:WHOLE], said[:, :-1])[:, 1:]
+        there = jnp.concatenate([jnp.ones((WHOLE, 1), bool), said[:, 1:-1] != made.end], 1)  # to the first end
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, said[:, 1:])
+        of_words = jnp.where(there, each, 0.0).sum() / there.sum()
+        right = (first.argmax(-1) == kinds).mean()
+        return of_kind + of_words, {"kinds": right, "words_loss": of_words}, state
+
+    return loss
+
+
+def trained(
+    made: words.Words, task: questions.Task, folder: pathlib.Path | None, seed: int, steps: int
+) -> tuple[lx.Program, float]:
+    """Train; give the program, which refuses what it is less certain of than of nearly all held-out questions."""
+    model = untrained(made, folder, seed)
+    texts = [*task.train[0], *task.strangers]
+    kinds = np.array([*task.train[1], *[made.kinds - 1] * len(task.strangers)], np.int32)
+    tokens, lengths = words.tokens_of(made, texts, LENGTH)
+    random = np.random.default_rng(seed)
+    held, used = np.split(random.permutation(len(task.train[0])), [int(len(task.train[0]) * VALIDATION)])
+    strange = len(task.train[0]) + random.integers(0, len(task.strangers), int(STRANGE * len(used)))
+    used = np.concatenate([used, strange])
+    rows: dict[str, np.ndarray] = {"tokens": tokens, "lengths": lengths, "kind": kinds}
+    if folder:
+        rows["states"] = encoded(model.state, tokens, lengths)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        chosen = used[np.random.default_rng([seed, step]).integers(0, len(used), BATCH)]
+        return {name: array[chosen] for name, array in rows.items()}
+
+    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE if folder else RATE / 2, steps), weight_decay=REST)
+    result = train.fit(model, loss_of(made), optimizer, batch, steps=steps, clip_norm=1.0, seed=seed)
+    threshold = refusing(made, result.program.weights, {name: array[held] for name, array in rows.items()})
+    weights = {**result.program.weights, "threshold": jnp.float32(threshold)}
+    return result.program.replace(weights=weights), threshold
+
+
+def refusing(made: words.Words, weights: Mapping[str, jax.Array], held: Mapping[str, np.ndarray]) -> float:
+    """The certainty that all but few of the questions exceed."""
+
+    @jax.jit
+    def certainty(w: Any, rows: Any) -> jax.Array:
+        return network.certainty(_first(w, *_read(w, rows)), made)[:, 0]
+
+    found: list[float] = []
+    for at in range(0, count := len(held["kind"]), BATCH):
+        rows = np.arange(at, at + BATCH) % count
+        found += certainty(dict(weights), {name: array[rows] for name, array in held.items()}).tolist()
+    return sorted(found[:count])[int(REFUSED * count)]
+
+
+def _read(w: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    """Encoded questions, and which of their tokens there are."""
+    seen = jnp.arange(rows["tokens"].shape[1])[None] < rows["lengths"][:, None]
+    if "states" in rows:
+        return rows["states"].astype(jnp.float32), seen
+    return network.encode(w, rows["tokens"], rows["lengths"]), seen
+
+
+def _first(w: Any, states: jax.Array, seen: jax.Array) -> jax.Array:
+    """Logits of the first token."""
+    return network.replay(w, states, seen, jnp.zeros((len(seen), 0), jnp.int32))[:, 0]
