@@ -43,6 +43,13 @@ from lepton_xla.cli import _common
     help="Also compile for devices that are not here; --mesh is of those then. TPUs such as v5e:4x4 take jax[tpu], "
     "GPUs such as h100:8 (h200, b200) jax[cuda12].",
 )
+@click.option(
+    "--target",
+    "targets",
+    metavar="NAME,...",
+    help="Also make sure that it runs there: cpu-avx2 and cpu-avx512 add code for any CPU with these instructions; "
+    "aarch64, cuda and tpu compile the portable program when it is loaded.",
+)
 @_common.golden_option
 @click.option(
     "--keep-master",
@@ -70,6 +77,7 @@ def compile(
     mesh: str | None,
     rules: str | None,
     topology: str | None,
+    targets: str | None,
     golden: str | None,
     keep_master: bool,
     explain: str | None,
@@ -94,6 +102,7 @@ def compile(
       leptonx compile my_package.models:encoder --mesh data=2,model=4 --rules rules.toml
       leptonx compile my_package.models:encoder --topology v5e:4x4 --mesh data=4,model=4 --rules rules.toml
       leptonx compile digits.py:model --topology h100:1
+      leptonx compile digits.py:model --target cpu-avx2,cpu-avx512,aarch64
       leptonx compile digits.py:model                        without a recipe: the float model
     """
     given = _common.parse_buckets(buckets)
@@ -105,10 +114,15 @@ def compile(
         from lepton_xla.cli import _arrays, _models
         from lepton_xla.compiler.buckets import check_bucket_sizes
         from lepton_xla.compiler.manifest import check_name
+        from lepton_xla.compiler.targets import add_targets, check_targets
+        from lepton_xla.errors import CompileError
         from lepton_xla.optimization.pipeline import apply_plan, plan_for
         from lepton_xla.sharding import topologies
 
         # Check everything that does not need the model first, so that a typo fails early.
+        elsewhere = check_targets([name.strip() for name in (targets or "").split(",") if name.strip()])
+        if elsewhere and (mesh or topology):
+            raise CompileError("--target is for one device; give neither --mesh nor --topology with it")
         if topology is not None:
             topologies.topology_devices(topology)
         rows = None if golden is None else _arrays.read_golden(golden)
@@ -176,6 +190,9 @@ def compile(
             artifact = dataclasses.replace(artifact, manifest=manifest)
         step(f"save {location}")
         manifest = artifact.save(location, overwrite=overwrite)
+        if elsewhere:
+            step(f"compile for {', '.join(elsewhere)}")
+        added = add_targets(location, elsewhere) if elsewhere else []
         if explain is not None:
             step(f"compile {explaining}")
             passes = {"gradients": explanation.integrated_gradients, "occlusion": explanation.occlusion}
@@ -195,6 +212,7 @@ def compile(
         "weights_bytes_optimized": servable.weights_bytes,
         "weights_bytes_on_disk": _common.weights_on_disk(manifest),
         "artifact_bytes": manifest.size_bytes,
+        "targets": [msgspec.to_builtins(target) for target in added],
         "metrics": metrics,
         "optimize_s": optimize_s,
         "compile_s": compile_s,
@@ -232,4 +250,10 @@ def _print(document: Mapping[str, Any]) -> None:
         f"{_common.seconds(document['compile_s'])} ({compiled})",
         f"wrote {document['path']}, {_common.size(document['artifact_bytes'])}",
         *([f"wrote {document['explanation']}"] if document["explanation"] else []),
+        *(
+            f"{target['name']}: compiled code"
+            if not target["reason"]
+            else f"{target['name']}: portable program, compiled when it is loaded ({target['reason']})"
+            for target in document["targets"]
+        ),
     )

@@ -36,7 +36,8 @@ def inspect(path: str, as_json: bool) -> None:
 
         store = Store(path)
         manifest, signer = read_manifest(store), claimed_signer(store)
-        here = Fingerprint.of(None, devices_here(manifest.mesh)).among(manifest.executables)
+        targets = [entry.target for entry in manifest.executables.values()]
+        here = Fingerprint.of(None, devices_here(manifest.mesh)).best(targets)
     route = _route(manifest, here)
     weights = _weights(manifest)
     size_bytes = manifest.size_bytes
@@ -60,6 +61,7 @@ def _route(manifest: Manifest, here: Fingerprint) -> dict[str, Any]:
     return {
         "route": "executables" if found is not None and not missing else "stablehlo",
         "fingerprint": here.digest,
+        "cap": here.cap,
         "missing_buckets": missing,
         "unwritten": found.unwritten if found is not None else {},
         "differences": {} if found is not None else differences,
@@ -204,7 +206,8 @@ def _times(ratio: float | None) -> str:
 
 def _route_lines(route: Mapping[str, Any]) -> list[str]:
     if route["route"] == "executables":
-        return [f"on this machine: loads compiled code without compiling (fingerprint {route['fingerprint']})"]
+        kind = f" for any CPU with {route['cap']}" if route["cap"] else ""
+        return [f"on this machine: loads compiled code{kind} without compiling (fingerprint {route['fingerprint']})"]
     if route["route"] == "shared":
         return [f"weights alone: runs on the compiled code of an artifact that they fit (fit {route['fit'][:12]})"]
     lines = ["on this machine: loading would compile the StableHLO, because"]

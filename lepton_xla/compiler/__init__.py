@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from lepton_xla.compiler.protection import encrypt, sign
     from lepton_xla.compiler.requantizing import master_weights, requantize
     from lepton_xla.compiler.servable import Servable
+    from lepton_xla.compiler.targets import TARGETS, Target, add_targets
     from lepton_xla.compiler.updates import make_update
 
 __all__ = [
+    "TARGETS",
     "Artifact",
     "Fingerprint",
     "Manifest",
     "Servable",
+    "Target",
     "Verification",
+    "add_targets",
     "compile",
     "encrypt",
     "load",
@@ -41,6 +45,7 @@ _HOMES = {
     "protection": ("encrypt", "sign"),
     "requantizing": ("master_weights", "requantize"),
     "servable": ("Servable",),
+    "targets": ("TARGETS", "Target", "add_targets"),
     "updates": ("make_update",),
 }
 

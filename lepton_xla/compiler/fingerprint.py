@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import msgspec
 
 from lepton_xla.compiler import _xla
+from lepton_xla.compiler.instruction_sets import CAPS, cap_in, without_cap
 from lepton_xla.kernels.installation import INTERFACE, usable
-from lepton_xla.machine import cpu_features_digest, relevant_xla_flags
+from lepton_xla.machine import cpu_features, cpu_features_digest, relevant_xla_flags
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -27,6 +28,9 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         jaxlib: its version.
         xla_flags: the flags of `XLA_FLAGS` that can change the code, sorted.
         kernels: the interface of the kernels of `lepton-xla-kernels` that the code calls; empty if it calls none.
+        cap: the instructions that the code keeps to, such as `AVX2`, if it is for any CPU that has them; its
+            `cpu_features` are empty then.
+        needs: names of all CPU features that such code may use, separated by blanks.
 
     >>> here = Fingerprint.of()
     >>> here.platform, len(here.digest), here.differences(here)
@@ -42,6 +46,8 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     jaxlib: str
     xla_flags: str
     kernels: str = ""
+    cap: str = ""
+    needs: str = ""
 
     @classmethod
     def of(cls, device: _xla.Device = None, count: int = 1) -> Fingerprint:
@@ -71,6 +77,43 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         """
         calling = self.with_kernels()
         return calling if self.platform == "cpu" and usable() and calling.digest in digests else self
+
+    def capped(self, needs: Iterable[str]) -> Fingerprint:
+        """The fingerprint of code that was compiled here under a cap, for any CPU that has these features.
+
+        >>> Fingerprint.of().capped(["avx2", "avx"]).needs
+        'avx avx2'
+        """
+        flags = os.environ.get("XLA_FLAGS", "")
+        return msgspec.structs.replace(
+            self, cpu_features="", xla_flags=without_cap(flags), cap=cap_in(flags), needs=" ".join(sorted(needs))
+        )
+
+    def best(self, targets: Iterable[Fingerprint]) -> Fingerprint:
+        """The fingerprint of the best code for this machine, of those for these targets; this one if there is none.
+
+        Best is code for just this machine, then code for any CPU with the widest instructions that this one has. A
+        process with a cap takes code of no other cap.
+
+        >>> here = Fingerprint.of()
+        >>> here.best([here.capped(["no_such_feature"])]) == here
+        True
+        """
+        known = list(targets)
+        exact = self.among({target.digest for target in known})
+        if exact in known or self.platform != "cpu":
+            return exact
+        flags = os.environ.get("XLA_FLAGS", "")
+        cap, features = cap_in(flags), set(cpu_features())
+        fitting = [
+            target
+            for target in known
+            if target.cap in ((cap,) if cap else CAPS)
+            and set(target.needs.split()) <= features
+            and msgspec.structs.replace(target, cap="", needs="")
+            == msgspec.structs.replace(self, cpu_features="", xla_flags=without_cap(flags))
+        ]
+        return max(fitting, key=lambda target: CAPS.index(target.cap), default=exact)
 
     @property
     def digest(self) -> str:

@@ -19,6 +19,7 @@ from lepton_xla.compiler.devices import Devices, devices_here
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.fitting import check_fit, check_weights
 from lepton_xla.compiler.golden import Golden
+from lepton_xla.compiler.instruction_sets import CAPS, cap_in, needed_features
 from lepton_xla.compiler.manifest import (
     DECODE,
     EXPAND,
@@ -166,6 +167,8 @@ def _load(
     wanted = [(sizes, bucket_name(sizes)) for sizes in combinations(bucket_sizes)]
     found = manifest.executables.get(target.digest)
     known = found.files if found is not None else {}
+    if target.cap and found is not None:
+        _LOG.info("%s: code for any CPU with %s, the best for this machine", store.location, target.cap)
     steps = [*(prefill_name(key) for _, key in wanted), DECODE] if manifest.generation is not None else []
     names = [*((EXPAND,) if manifest.expand else ()), *(key for _, key in wanted), *steps]
     missing = [name for name in names if name not in known]
@@ -219,7 +222,8 @@ def _load(
 
 
 def _target(manifest: Manifest, devices: Devices) -> Fingerprint:
-    return Fingerprint.of(devices.first, len(devices.all)).among(manifest.executables)
+    targets = [entry.target for entry in manifest.executables.values()]
+    return Fingerprint.of(devices.first, len(devices.all)).best(targets)
 
 
 def _choose(manifest: Manifest, buckets: Mapping[str, Sequence[int]] | None) -> BucketSizes:
@@ -303,12 +307,22 @@ def _why(manifest: Manifest, target: Fingerprint, missing: Sequence[str]) -> str
     return "; ".join(min(nearest, key=len)) if nearest else "the artifact has no executables"
 
 
+def _written_for(target: Fingerprint, made: Mapping[str, Code]) -> Fingerprint:
+    """The target of new code: under a cap on instructions, every CPU that has what the code needs."""
+    if target.platform != "cpu" or cap_in(target.xla_flags) not in CAPS or any(c.calls_kernels for c in made.values()):
+        return target
+    needed = [needed_features(code.blob) for code in made.values() if code.blob is not None]
+    known = [features for features in needed if features is not None]
+    return target.capped(frozenset().union(*known)) if known and len(known) == len(needed) else target
+
+
 def _write_back(store: Store, loaded: Manifest, target: Fingerprint, made: Mapping[str, Code]) -> None:
     """Add executables to an artifact. The manifest is replaced last, so readers see the old or the new state."""
     try:
         if is_signed(store):
             raise ArtifactError(f"{store.location}: it is signed, and new files would void the signature")
         manifest = read_manifest(store)
+        target = target if target.digest in manifest.executables else _written_for(target, made)
         programs = [program.file for program in loaded.all_programs]
         if store.is_replaced or any(manifest.files.get(name) != loaded.files[name] for name in programs):
             raise ArtifactError(f"{store.location}: another artifact has taken its place")
