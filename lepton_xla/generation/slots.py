@@ -316,7 +316,8 @@ def _tokens(prompt: Any, steps: Steps) -> list[int]:
     tokens: list[int] = []
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-            raise InputError(f"token {token!r} of the prompt is not an integer")
+            told = repr(token) if isinstance(token, (bool, float)) else f"of type {type(token).__name__}"
+            raise InputError(f"token {told} of the prompt is not an integer")
         if not 0 <= token < steps.vocabulary:
             raise InputError(f"token {token} of the prompt is not one of the {steps.vocabulary} tokens of the model")
         tokens.append(int(token))

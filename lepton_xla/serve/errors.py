@@ -17,11 +17,18 @@ def shortened(value: object) -> str:
     >>> shortened([1, 2, "x"]), len(shortened("x" * 10_000)) < 200
     ("[1, 2, 'x']", True)
     """
+    if isinstance(value, list | tuple):
+        shown = ", ".join(map(_within, value[:_MOST_QUOTED]))
+        return f"[{shown}, ...]" if len(value) > _MOST_QUOTED else f"[{shown}]"
+    return _within(value)
+
+
+def _within(value: object) -> str:
+    """An element. What is in it is not shown: of lists in lists there may be millions."""
+    if isinstance(value, list | tuple | dict) and value:
+        return "{...}" if isinstance(value, dict) else "[...]"
     if isinstance(value, str) and len(value) > _LONGEST_QUOTE:
         return f"{value[:_LONGEST_QUOTE]!r}..."
-    if isinstance(value, list | tuple):
-        shown = ", ".join(shortened(each) for each in value[:_MOST_QUOTED])
-        return f"[{shown}, ...]" if len(value) > _MOST_QUOTED else f"[{shown}]"
     return repr(value)
 
 

@@ -15,6 +15,7 @@ from serve_fakes import counted, exchange, raw_request
 
 from lepton_xla.generation import Engine
 from lepton_xla.program import TensorSpec
+from lepton_xla.serve.app import generation as pages
 
 VOCABULARY = 128
 
@@ -303,6 +304,31 @@ def test_more_clients_than_slots_all_get_their_own_text(served, letters):
         found = list(pool.map(ask, range(8)))
     assert found == ["".join(chr(66 + index + n) for n in range(10)) for index in range(8)]
     assert max(letters.stepper.decoded) == 2
+
+
+@pytest.mark.parametrize("text", ["ab", "abcdef"])
+def test_long_prompts_become_tokens_beside_the_event_loop(make_server, monkeypatch, text):
+    threads = []
+
+    class Slow(Ascii):
+        def encode(self, text):
+            threads.append(threading.current_thread().name)
+            return super().encode(text)
+
+    monkeypatch.setattr(pages, "_TEXT_AT_ONCE", 4)
+    server = make_server(Letters(Slow()))
+    body = post(server, GENERATE, {"text_input": text, "max_tokens": 1})[1]
+    assert body["text_output"] == chr(ord(text[-1]) + 1)
+    asked = {"model": "letters", "prompt": [text, text], "max_tokens": 1, "temperature": 0}
+    assert [each["text"] for each in post(server, "/v1/completions", asked)[1]["choices"]] == [body["text_output"]] * 2
+    events = stream(server, f"{GENERATE}_stream", {"text_input": text, "max_tokens": 1})
+    assert json.loads(events[0])["text_output"] == body["text_output"]
+    assert {each == "lepton-serve" for each in threads} == {len(text) <= 2}
+    # Refused, in the words of either form, on the same way.
+    assert post(server, GENERATE, {"text_input": text * 20, "max_tokens": 1})[0] == 400
+    status, told = post(server, "/v1/completions", asked | {"prompt": text * 20})
+    assert (status, told["error"]["type"]) == (400, "invalid_request_error")
+    assert "at most 32" in told["error"]["message"]
 
 
 def test_too_many_prompts_are_refused(make_server, letters):

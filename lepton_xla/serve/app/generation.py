@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import logging
 import secrets
 import weakref
 from collections.abc import Callable
@@ -30,6 +32,10 @@ type Refuse = Callable[[Exchange, HTTPError], None]
 _EVENTS = "text/event-stream", "Cache-Control: no-cache"
 # What a request may take beside the prompt, and bytes of JSON that a token of the prompt may take.
 _BODY_BYTES, _TOKEN_BYTES = 64 << 10, 512
+# Characters of prompts that become tokens on the event loop, which takes milliseconds.
+_TEXT_AT_ONCE = 4096
+
+_log = logging.getLogger("lepton_xla.serve")
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,16 +77,37 @@ class _Answer:
         self._left = 0
 
     def start(self, prompts: list[Any], sampling: Sampling) -> None:
-        """Checks all prompts, and then begins.
+        """Checks all prompts, and then begins. Long texts become tokens on another thread, and it begins later.
 
         Raises:
             HTTPError: 400 for a prompt or a value that is refused, 503 if too many wait.
         """
         engine = self._decoding.engine
+
+        def make() -> list[Generation]:
+            try:
+                return [engine.sequence(prompt, sampling) for prompt in prompts]
+            except InputError as error:
+                raise HTTPError(400, str(error)) from error
+
+        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _TEXT_AT_ONCE:
+            self._begin(make())
+        else:
+            asyncio.get_running_loop().run_in_executor(None, make).add_done_callback(self._made)
+
+    def _made(self, work: asyncio.Future[list[Generation]]) -> None:
+        exchange = self._exchange
         try:
-            made = [engine.sequence(prompt, sampling) for prompt in prompts]
-        except InputError as error:
-            raise HTTPError(400, str(error)) from error
+            made = work.result()
+            if not exchange.answered:  # as it counts where the client has gone
+                self._begin(made)
+        except HTTPError as refusal:
+            self._refuse(exchange, refusal.bare())
+        except Exception:
+            _log.exception("prompts could not be read")
+            self._refuse(exchange, HTTPError(500, "internal error"))
+
+    def _begin(self, made: list[Generation]) -> None:
         self._left = len(made)
         self._exchange.work = self
         try:

@@ -260,7 +260,8 @@ class Memory:
         """Notes what a loaded model takes, and makes others go if that is more than there was room for."""
         handles = self._handles(name)
         need = sum(handle.nbytes for handle in handles)
-        self._sizes[name] = need, len(handles[0].devices) if handles else 1
+        if handles:  # or somebody has unloaded it meanwhile
+            self._sizes[name] = need, len(handles[0].devices)
         self.loads += 1
         try:
             self._refuse_larger(name, need)

@@ -27,7 +27,7 @@ FOLDER = ".uploads"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UploadLimits:
-    """Bounds on what waits to become an artifact.
+    """Bounds on what waits to become an artifact, and on one artifact.
 
     Attributes:
         max_bytes: bytes of all files together.
@@ -140,6 +140,12 @@ class Uploads:
         """
         data = self._small(manifest, MAX_MANIFEST_BYTES)
         listing = read_listing(data)
+        limits = self._limits
+        if len(listing.files) > limits.max_files or listing.size_bytes > limits.max_bytes:
+            raise ArtifactError(
+                f"the manifest lists {len(listing.files)} files of {listing.size_bytes} bytes; an artifact that is sent "
+                f"may have {limits.max_files} files of {limits.max_bytes} bytes"
+            )
         signed = None if signature is None else self._small(signature, MAX_SIGNATURE_BYTES)
         self._repository.check_base(listing, name)
         self._check_there(listing)
@@ -182,8 +188,15 @@ class Uploads:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not entry.size:
             target.touch()
-        elif entry.sha256 in taken:  # the artifact has it twice
-            shutil.copyfile(taken[entry.sha256], target)
+        elif (known := taken.get(entry.sha256)) is not None:  # the artifact has it twice: no second copy, however often
+            if _size(known) != entry.size:
+                raise ArtifactError(f"{entry.sha256}: the manifest lists it with two sizes")
+            try:
+                os.link(known, target)
+            except OSError:  # a file system without links
+                shutil.copyfile(known, target)
+                flush(target)
+            return
         else:
             try:
                 with held(self._folder, wait=True):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.protocol.monitoring import MAX_ID
 
 # Labels beyond these are counted as right or wrong only.
 _MOST_LABELS = 128
@@ -25,7 +26,7 @@ class Feedback:
         dtype: of the output that is judged.
         classes: elements a row of that output: the largest is the answer.
         most: answers kept, the latest.
-        most_bytes: bytes of them.
+        most_bytes: bytes of them and of their ids.
 
     Attributes:
         right, wrong: rows by whether the answer was the label.
@@ -60,24 +61,24 @@ class Feedback:
         """Keeps an answer; one with the same id is forgotten.
 
         Args:
-            request_id: as the client sent it.
+            request_id: as the client sent it. Of one that is longer than feedback can name nothing is kept.
             output: the bytes of the answer.
             propensity: the probability with which this version was drawn to answer; 0 where it was not drawn.
         """
         answers = self._answers
         before = answers.pop(request_id, None)
         if before is not None:
-            self._bytes -= _size(before)
+            self._bytes -= _size(request_id, before)
             self._propensities.pop(request_id, None)
-        if len(output) > self._most_bytes // 16:
+        if len(output) > self._most_bytes // 16 or len(request_id) > MAX_ID:
             return
         answers[request_id] = kept = bytes(output)
-        self._bytes += len(kept)
+        self._bytes += _size(request_id, kept)
         if propensity:
             self._propensities[request_id] = propensity
         while len(answers) > self._most or self._bytes > self._most_bytes:
             oldest, dropped = answers.popitem(last=False)
-            self._bytes -= _size(dropped)
+            self._bytes -= _size(oldest, dropped)
             self._propensities.pop(oldest, None)
 
     def after(self, before: Feedback) -> Feedback:
@@ -98,7 +99,7 @@ class Feedback:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the answers that are kept."""
+        """Bytes of the answers that are kept, and of all ids."""
         return self._bytes
 
     def forget(self) -> None:
@@ -203,8 +204,8 @@ class Feedback:
         }
 
 
-def _size(kept: bytes | int) -> int:
-    return len(kept) if isinstance(kept, bytes) else 0
+def _size(request_id: str, kept: bytes | int) -> int:
+    return len(request_id) + (len(kept) if isinstance(kept, bytes) else 0)
 
 
 type Part = tuple[Feedback, dict[str, Sequence[int]]]

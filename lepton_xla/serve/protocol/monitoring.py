@@ -9,13 +9,16 @@ import msgspec
 from lepton_xla.errors import first_line
 from lepton_xla.serve.errors import HTTPError
 
+MAX_ID = 512
+"""Characters of the id of a request that feedback may be for."""
+
 _FEEDBACK_BODY = 1 << 20
 
 
 class FeedbackEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The right answer of one request: its class, or one for each of its rows."""
 
-    id: Annotated[str, msgspec.Meta(min_length=1, max_length=512, description="The `id` of the request.")]
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID, description="The `id` of the request.")]
     label: Annotated[int, msgspec.Meta(ge=0)] | Annotated[list[int], msgspec.Meta(min_length=1, max_length=65536)]
 
 

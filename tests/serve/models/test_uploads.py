@@ -63,6 +63,25 @@ def test_a_version_is_made_of_what_was_sent(repository, uploads, artifact):
     assert set(repository.scan()) == {"m"}  # the folder of uploads is no model
 
 
+def test_a_file_that_is_listed_often_is_there_once(repository, uploads, tmp_path):
+    """A small upload cannot fill the disk, nor have the server read for hours."""
+    twice = b"the same" * 100
+    artifact = make_artifact(tmp_path / "a.lepton", {f"weights/{number}": twice for number in range(50)})
+    uploads.publish(send(uploads, artifact), "m")
+    (path,) = repository.find("m").versions.values()
+    assert is_whole(path)
+    assert len({file.stat().st_ino for file in (path / "weights").iterdir()}) == 1
+
+
+@pytest.mark.parametrize("bounds", [{"max_files": 3}, {"max_bytes": 1000}])
+def test_an_artifact_of_too_much_is_refused_before_anything_is_moved(repository, uploads, artifact, bounds):
+    manifest = send(uploads, artifact)
+    waiting = set(os.listdir(repository.root / FOLDER))
+    with pytest.raises(ArtifactError, match="lists 4 files of 1607 bytes; an artifact that is sent may have"):
+        Uploads(repository, UploadLimits(**bounds)).publish(manifest, "m")
+    assert set(os.listdir(repository.root / FOLDER)) - {".lock"} == waiting - {".lock"}
+
+
 def test_a_signature_goes_with_it(repository, uploads, artifact):
     uploads.write(sha(b"signature"), 0, b"signature")
     version, _ = uploads.publish(send(uploads, artifact), "m", None, sha(b"signature"))

@@ -8,6 +8,7 @@ import pytest
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.monitor.feedback import Feedback
 from lepton_xla.serve.observe.server_metrics import LATE_S, MOST_KEPT, ServerMetrics
+from lepton_xla.serve.protocol.monitoring import MAX_ID
 
 
 def answer(*classes, of=4):
@@ -83,16 +84,22 @@ def test_only_the_latest_answers_are_kept(feedback):
     assert feedback.right == 1
 
 
-def test_the_bytes_of_answers_are_bounded():
-    feedback = Feedback(np.dtype("float32"), classes=4, most_bytes=16 * 64)
-    for number in range(1000):
+def test_the_bytes_of_answers_and_their_ids_are_bounded():
+    feedback = Feedback(np.dtype("float32"), classes=4, most_bytes=(16 + 3) * 64)
+    for number in range(100, 1000):
         feedback.remember(str(number), answer(0))
     assert len(feedback.known(map(str, range(1000)))) == 64
     feedback.remember("large", answer(*[0] * 100))
     assert not feedback.known(["large"])
     for number in range(936, 1000):
         feedback.judge({str(number): [0]})
-    assert feedback._bytes == 0
+    assert feedback.nbytes == 3 * 64
+    for number in range(100):
+        feedback.remember(f"{number}".zfill(MAX_ID), answer(0))
+    assert feedback.known(["98".zfill(MAX_ID), "99".zfill(MAX_ID)]) == ["98".zfill(MAX_ID), "99".zfill(MAX_ID)]
+    assert (feedback.count, feedback.nbytes) == (2, 2 * (16 + MAX_ID))
+    feedback.remember("x" * (MAX_ID + 1), answer(0))  # no feedback can name it
+    assert feedback.count == 2
 
 
 @pytest.fixture

@@ -200,6 +200,7 @@ def test_lists_that_are_no_json_are_refused_where_the_json_library_does_not_see_
 @pytest.mark.parametrize(
     ("value", "text"),
     [("x", "'x'"), ("x" * 10**6, f"'{'x' * 100}'..."), ([1, 2], "[1, 2]"), ([1] * 10**6, "[" + "1, " * 8 + "...]"),
+     ([[[1]], {"a": 1}, [], {}], "[[...], {...}, [], {}]"), ({"a": [1] * 10**6}, "{...}"), (10**18, str(10**18)),
      (None, "None"), (["y" * 200], f"['{'y' * 100}'...]")],
 )  # fmt: skip
 def test_what_a_message_quotes_is_short(value, text):
