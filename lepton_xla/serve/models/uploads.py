@@ -143,7 +143,7 @@ class Uploads:
         limits = self._limits
         if len(listing.files) > limits.max_files or listing.size_bytes > limits.max_bytes:
             raise ArtifactError(
-                f"the manifest lists {len(listing.files)} files of {listing.size_bytes} bytes; an artifact that is sent "
+                f"the manifest lists {len(listing.files)} files of {listing.size_bytes} bytes; one that is sent "
                 f"may have {limits.max_files} files of {limits.max_bytes} bytes"
             )
         signed = None if signature is None else self._small(signature, MAX_SIGNATURE_BYTES)

@@ -77,7 +77,7 @@ def test_a_file_that_is_listed_often_is_there_once(repository, uploads, tmp_path
 def test_an_artifact_of_too_much_is_refused_before_anything_is_moved(repository, uploads, artifact, bounds):
     manifest = send(uploads, artifact)
     waiting = set(os.listdir(repository.root / FOLDER))
-    with pytest.raises(ArtifactError, match="lists 4 files of 1607 bytes; an artifact that is sent may have"):
+    with pytest.raises(ArtifactError, match="lists 4 files of 1607 bytes; one that is sent may have"):
         Uploads(repository, UploadLimits(**bounds)).publish(manifest, "m")
     assert set(os.listdir(repository.root / FOLDER)) - {".lock"} == waiting - {".lock"}
 
