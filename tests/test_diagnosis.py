@@ -10,7 +10,7 @@ import pytest
 
 from lepton_xla import diagnosis, requirements
 from lepton_xla.cli import doctor as doctor_command
-from lepton_xla.requirements import Requirement, fits
+from lepton_xla.requirements import Requirement
 
 WELL = {
     "failure": "",
@@ -130,7 +130,7 @@ def test_a_package_that_is_not_installed_is_said(examined, monkeypatch):
     ],
 )
 def test_which_versions_fit(version, versions, expected):
-    assert fits(version, versions) is expected
+    assert Requirement("some", versions, installed=version).fits is expected
 
 
 def test_an_extra_of_another_package_counts_as_its_parts(monkeypatch):

@@ -11,15 +11,16 @@ import pytest
 from sources import FILES, ROOT, TREES, imports
 
 import lepton_xla as lx
-from lepton_xla.requirements import Needs
+from lepton_xla.extras import Needs
 
 PUBLIC = [
-    "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "Generator", "InputError",
+    "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "FederatedError",
+    "Generator", "InputError",
     "LaunchError", "LearningError", "LeptonError", "MissingPackageError", "ModelError", "ModelSpec", "PassReport",
     "Plan", "Program", "Recipe",
     "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
     "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt",
-    "data", "evaluation", "explanation", "find_sites",
+    "data", "evaluation", "explanation", "federated", "find_sites",
     "from_linen", "from_nnx", "give_labels", "launch", "load", "optimize", "passes", "sharding", "sign",
     "take_categories", "take_images", "take_texts", "trace", "train", "trust", "tuning", "verify",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Training: the loop, compression while training, distillation, checkpoints."""
 
-from lepton_xla.requirements import Needs
+from lepton_xla.extras import Needs
 
 with Needs("train", "lx.train"):
     from lepton_xla.recipe import PruneRule

@@ -1,0 +1,37 @@
+"""Imports of packages that only an extra brings."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import TracebackType
+
+from lepton_xla.errors import MissingPackageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """A block that imports packages of an extra; says which extra it is if one of them is missing.
+
+    Attributes:
+        extra: the extra that brings them.
+        what: what needs them, for the message.
+
+    >>> with Needs("train", "lx.train"):
+    ...     import json
+    """
+
+    extra: str
+    what: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.startswith("lepton_xla"):
+            return
+        package = error.name.partition(".")[0]
+        raise MissingPackageError(
+            f"{self.what} needs the package {package}: pip install 'lepton-xla[{self.extra}]'", name=error.name
+        ) from error
