@@ -1,8 +1,8 @@
 """The steps after training that all applications share, each by the command that users type.
 
-`leptonx tune` makes the trained model small, `leptonx serve` serves it, `leptonx load` asks 100 times a second. Then
-come requests as the model knows them, and requests that have changed, with the right answers as feedback: the alert
-must fire at the latter and not before, and `leptonx learn` must bring back what the change costs.
+`leptonx tune` makes the trained model small, `leptonx serve` serves it. Then come requests as the model knows them, and
+requests that have changed, with the right answers as feedback: the alert must fire at the latter and not before, and
+`leptonx learn` must bring back what the change costs. At the end `leptonx load` asks 100 times a second.
 """
 
 from __future__ import annotations
@@ -89,17 +89,21 @@ def served(artifact: pathlib.Path, folder: pathlib.Path, rule: str) -> Generator
     ]  # fmt: skip
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True)
+        assert server.stdout is not None
         try:
-            assert server.stdout is not None
             url = next((e["url"] for e in map(json.loads, server.stdout) if e.get("event") == "listening"), None)
             if url is None:
                 sys.exit(f"the server stopped before it took requests: {(folder / 'server.log').read_text()[-2000:]}")
             # Nobody reads what else it prints; a full pipe would stop it.
-            threading.Thread(target=server.stdout.read, daemon=True).start()
+            rest = threading.Thread(target=server.stdout.read)
+            rest.start()
             yield url
-        finally:
             server.send_signal(signal.SIGTERM)
+            rest.join()
+        finally:
+            server.terminate()
             server.wait(60)
+            server.stdout.close()
 
 
 def loaded(url: str, name: str, source: str, seconds: float) -> dict[str, float]:
@@ -112,10 +116,9 @@ def loaded(url: str, name: str, source: str, seconds: float) -> dict[str, float]
 class _Users:
     """Sends requests with their feedback."""
 
-    def __init__(self, url: str, name: str, plan: Plan) -> None:
-        self._url, self._name, self._plan = url, name, plan
+    def __init__(self, url: str, client: Client, name: str, plan: Plan) -> None:
+        self._url, self._client, self._name, self._plan = url, client, name, plan
         self.sent = 0
-        self._client = Client(url)
         self.curve: list[tuple[float, float]] = []  # requests, and the greatest drift
 
     def send(self, shifted: bool) -> None:
@@ -175,10 +178,8 @@ def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan,
     """
     name = artifact.stem
     (folder / "rollout.json").write_text(json.dumps(STAGES))
-    with served(artifact, folder, plan.rule) as url:
-        users = _Users(url, name, plan)
-        found: dict[str, Any] = loaded(url, name, source, seconds)
-        print(f"  p99 at 100 requests/s: {found['p99_ms']:.1f} ms", flush=True)
+    with served(artifact, folder, plan.rule) as url, Client(url) as client:
+        users = _Users(url, client, name, plan)
         clean = users.judged(False)
         false_alarm = _watched(users, plan.calm, False)
         shift_at = users.sent
@@ -195,6 +196,9 @@ def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan,
                 folder / "learning", "--steps", steps, "--rollout", folder / "rollout.json", *options,
             )  # fmt: skip
         after = users.judged(False), users.judged(True)
+        # At the end: the same request again and again is a drift.
+        found: dict[str, Any] = loaded(url, name, source, seconds)
+        print(f"  p99 at 100 requests/s: {found['p99_ms']:.1f} ms", flush=True)
     lost = before[0] - before[1]
     found |= {
         "false_alarm": false_alarm, "alert": fired, "alert_rows": alert_rows if fired else None,

@@ -147,9 +147,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for part in own.parts:
         found = [judged(own.served(seed, missing=part), tests) for seed in range(seeds)]
         rows[f"{part} missing at serving"] = reports.medians(found)
-    for part in own.parts if given.ablation else ():
-        rows[f"trained without {part} (1 seed)"] = judged(own.without(part).served(0), tests)
-        print(f"  without {part}: {_text(rows[f'trained without {part} (1 seed)'])}", flush=True)
     tuned = loop.tuned(
         f"{TARGETS}:model", folder, "films", "--metric", "pairwise", "--max-drop", "0.3", "--minutes",
         given.minutes, *(["--trials", 1] if given.quick else []),
@@ -179,20 +176,28 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "epochs": epochs, "kinds": rows, "runs": runs, "steps": steps, "recipe": tuned["best"]["recipe"],
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    cells = [[name, *(f"{row[column]:.4f}" for column in COLUMNS)] for name, row in rows.items()]
+    reports.write("recommender", figures, AIMS, _page(figures, plan, folder))
+    # These trainings take longest and bring least, so all else is there before.
+    for part in own.parts if given.ablation else ():
+        rows[f"trained without {part} (1 seed)"] = judged(own.without(part).served(0), tests)
+        print(f"  trained without {part}: {_text(rows[f'trained without {part} (1 seed)'])}", flush=True)
+        reports.write("recommender", figures, AIMS, _page(figures, plan, folder))
+    return figures
+
+
+def _page(figures: Mapping[str, Any], plan: loop.Plan, folder: pathlib.Path) -> list[str]:
+    cells = [[name, *(f"{row[column]:.4f}" for column in COLUMNS)] for name, row in figures["kinds"].items()]
     costs = [
         [name, *(f"{row[column]:.4f}" for column in COLUMNS), f"{row['bytes']:,.0f}", f"{row['ms']:.3f}"]
-        for name, row in steps.items()
+        for name, row in figures["steps"].items()
     ]
-    parts = [
-        f"<p>{reports.escaped(films.source)}; medians of {seeds} seeds.</p>",
+    return [
+        f"<p>{reports.escaped(figures['data'])}; medians of {figures['seeds']} seeds.</p>",
         reports.drawn_table(["", *COLUMNS], cells),
         "<h2>Made small</h2><p>The first seed.</p>",
         reports.drawn_table(["", *COLUMNS, "bytes", "ms a session"], costs),
-        *loop.parts(lived, plan, folder, ["tune.html"]),
+        *loop.parts(figures, plan, folder, ["tune.html"]),
     ]
-    reports.write("recommender", figures, AIMS, parts)
-    return figures
 
 
 def _text(row: Mapping[str, float]) -> str:
