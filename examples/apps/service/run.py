@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=30.0, help="of load")
     parser.add_argument("--quick", action="store_true", help="a few made-up questions, a small encoder, few steps")
     given = parser.parse_args(arguments)
-    folder = reports.FOLDER / "service"
+    folder = reports.folder() / "service"
     folder.mkdir(parents=True, exist_ok=True)
     task = questions.made_up(6) if given.quick else questions.load()
     steps, seconds = (given.steps or 150, min(given.seconds, 2.0)) if given.quick else (given.steps, given.seconds)
