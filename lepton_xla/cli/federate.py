@@ -166,6 +166,9 @@ def simulate(
 @click.option("--tls-key", metavar="FILE", help="Its key (PEM).")
 @click.option("--tls-ca", metavar="FILE", help="Certificates of the authorities that signed it (PEM).")
 @settings_options
+@click.option(
+    "--secure", is_flag=True, help="The server learns only the sum of the updates (SecAgg+); with float32 updates."
+)
 @_common.buckets_option
 @click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
@@ -182,6 +185,7 @@ def server(
     tls_cert: str | None,
     tls_key: str | None,
     tls_ca: str | None,
+    secure: bool,
     buckets: tuple[str, ...],
     output: str | None,
     overwrite: bool,
@@ -212,7 +216,7 @@ def server(
     from lepton_xla.train.checkpoints import CheckpointFolder
 
     spec = _models.load_target(target, federated.FederatedSpec)
-    settings = changed_settings(spec, changes)
+    settings = changed_settings(spec, {**changes, "secure": secure or None})
     coordinator = Coordinator(spec, settings)  # what does not fit fails before any process is started
     tls = processes.tls_of_server(host, tls_cert, tls_key, tls_ca)
     place = pathlib.Path(folder).absolute()

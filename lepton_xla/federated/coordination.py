@@ -121,8 +121,8 @@ class Coordinator:
             self._taken[name] = self._taken.get(name, 0) + 1
             try:
                 client.codec.check(answer.update)
-                sent += client.codec.size_bytes
-                mean.add(name, np.asarray(client.codec.decode(answer.update)), answer.rows)
+                sent += client.codec.size_bytes if answer.size_bytes is None else answer.size_bytes
+                mean.add(name, np.asarray(client.codec.decode(answer.update)), answer.rows, answer.clients)
             except FederatedError as error:
                 refused[name] = str(error)
                 continue
@@ -137,9 +137,9 @@ class Coordinator:
         evaluation = {}
         if self._evaluation is not None and not client.personal:
             evaluation = self._evaluation.run(self._predictor(self._state.weights))
-        asked = len(mean.taken) + len(refused)
+        asked = mean.clients + len(refused)
         done = RoundReport(
-            self._state.round, len(mean.taken), refused, mean.rows, metrics, evaluation, sent,
+            self._state.round, mean.clients, refused, mean.rows, metrics, evaluation, sent,
             asked * 4 * client.layout.length, self._spent(), time.perf_counter() - start,
         )  # fmt: skip
         self._reports.append(done)

@@ -34,6 +34,8 @@ class Answer:
         update: the arrays of its update, NumPy, see `Codec`.
         rows: its number of rows.
         metrics: means of its training metrics; empty with privacy.
+        clients: number of clients whose mean it is; more than one with secure aggregation.
+        size_bytes: bytes that were sent, if other than those of the update.
 
     >>> Answer({"values": np.zeros(2, np.float32)}, 10, {"loss": 0.5}).rows
     10
@@ -42,6 +44,8 @@ class Answer:
     update: Mapping[str, Any]
     rows: int
     metrics: Mapping[str, float]
+    clients: int = 1
+    size_bytes: int | None = None
 
 
 class Member:

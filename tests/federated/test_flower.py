@@ -1,5 +1,6 @@
 """Server and clients over Flower's messages: in this process, and as real processes over loopback with TLS."""
 
+import copy
 import importlib
 import json
 import os
@@ -146,25 +147,61 @@ def test_others_are_reached_with_tls_only(tmp_path):
 class Grid:
     """Flower's grid within this process: messages go through its records, to the app of the node."""
 
-    def __init__(self, contexts, spoil=None):
-        self.contexts, self.spoil = contexts, spoil
+    def __init__(self, contexts, spoil=None, gone=()):
+        self.contexts, self.spoil, self.gone = contexts, spoil, gone
+        self.masked = []
 
     def get_node_ids(self):
         return list(self.contexts)
 
     def send_and_receive(self, messages, *, timeout):
-        from flwr.app import Message, RecordDict
+        return list(self._replies(messages))
+
+    def _replies(self, messages):
+        from flwr.app import Message
 
         from lepton_xla.federated.flower.apps import answer_message
 
-        for message in messages:
+        for message in sorted(messages, key=lambda each: each.metadata.dst_node_id):
             node = message.metadata.dst_node_id
-            sent = Message(RecordDict(dict(message.content)), node, "train", ttl=message.metadata.ttl, group_id="0")
+            trains = any("fitins" in name for name in message.content)
+            if node in self.gone and trains:  # vanishes after it has given its keys
+                continue
+            if node in self.gone and "secaggplus" in str(list(message.content)) and self.masked:
+                continue
+            sent = Message(copy.deepcopy(message.content), node, "train", ttl=message.metadata.ttl, group_id="0")
             reply = answer_message(sent, self.contexts[node])
             reply.metadata._src_node_id = node
+            if trains:
+                self.masked.append(masked_of(reply))
             if self.spoil is not None:
                 self.spoil(node, reply)
             yield reply
+
+
+def masked_of(reply):
+    from flwr.common import bytes_to_ndarray
+    from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
+
+    parts = reply.content.config_records[RECORD_KEY_CONFIGS][Key.MASKED_PARAMETERS]
+    return np.concatenate([np.ravel(bytes_to_ndarray(part)) for part in parts]).astype(np.float64)
+
+
+def context(**fields):
+    from flwr.app import Context, RecordDict
+
+    given = {"run_id": 1, "node_id": 0, "node_config": {}, "state": RecordDict(), "run_config": {}, **fields}
+    return Context(**given)
+
+
+def three(target, folder):
+    return {
+        number: context(
+            node_id=number,
+            node_config={"target": target, "folder": str(folder / str(number)), "part": f"{number}/3"},
+        )
+        for number in (1, 2, 3)
+    }
 
 
 @pytest.fixture
@@ -181,7 +218,6 @@ def test_apps_of_flower_carry_a_training(tmp_path, monkeypatch):
     identity = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(identity, name, 1)
-    from types import SimpleNamespace
 
     from lepton_xla.federated.flower import apps
 
@@ -190,12 +226,7 @@ def test_apps_of_flower_carry_a_training(tmp_path, monkeypatch):
         "import fleets\nspec = fleets.spec().replace(rows=fleets.table(25))\n"
     )
     target = f"{tmp_path / 'net.py'}:spec"
-    contexts = {
-        number: SimpleNamespace(
-            node_config={"target": target, "folder": str(tmp_path / str(number)), "part": f"{number}/3"}
-        )
-        for number in (1, 2, 3)
-    }
+    contexts = three(target, tmp_path)
 
     def spoil(node, reply):
         if node == 3 and "update" in reply.content:
@@ -207,7 +238,7 @@ def test_apps_of_flower_carry_a_training(tmp_path, monkeypatch):
         "target": target, "settings": SETTINGS.to_json(), "folder": str(tmp_path), "clients": 3, "wait_s": 1.0,
         "round_s": 60.0,
     }  # fmt: skip
-    apps.run_server(Grid(contexts, spoil), config)
+    apps.run_server(Grid(contexts, spoil), context(run_config=config))
     assert json.loads((tmp_path / "outcome.json").read_text()) == {"error": None}
     rounds = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [done["clients"] for done in rounds] == [2, 2, 2]
@@ -215,9 +246,55 @@ def test_apps_of_flower_carry_a_training(tmp_path, monkeypatch):
     assert rounds[2]["metrics"]["loss"] < rounds[0]["metrics"]["loss"]
 
     (tmp_path / "other").mkdir()
-    apps.run_server(Grid({1: contexts[1]}), {**config, "wait_s": 0.0, "folder": str(tmp_path / "other")})
+    other = {**config, "wait_s": 0.0, "folder": str(tmp_path / "other")}
+    apps.run_server(Grid({1: contexts[1]}), context(run_config=other))
     outcome = json.loads((tmp_path / "other" / "outcome.json").read_text())
     assert outcome["error"].startswith("1 of 3 clients are connected after 0 s")
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("gone", [(), (2,)])
+def test_a_secure_sum_is_the_plain_one_within_its_step(tmp_path, monkeypatch, gone):
+    pytest.importorskip("flwr")
+    identity = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(identity, name, 1)
+    from lepton_xla.federated.flower import apps, secure
+
+    (tmp_path / "net.py").write_text(
+        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+        "import fleets\nspec = fleets.spec().replace(rows=fleets.table(25))\n"
+    )
+    target = f"{tmp_path / 'net.py'}:spec"
+    settings = Federation(rounds=1, batch_rows=8, secure=True, most_rows=16, most_norm=2.0)
+    config = {
+        "target": target, "settings": settings.to_json(), "folder": str(tmp_path), "clients": 3, "wait_s": 1.0,
+        "round_s": 60.0,
+    }  # fmt: skip
+    grid = Grid(three(target, tmp_path), gone=gone)
+    server = context(run_config=config)
+    apps.run_server(grid, server)
+    assert json.loads((tmp_path / "outcome.json").read_text()) == {"error": None}
+    found = json.loads((tmp_path / "rounds.jsonl").read_text())
+    assert found["clients"] == 3 - len(gone)
+    assert found["bytes_up"] > found["clients"] * 15 * 4
+    with CheckpointFolder(
+        apps.checkpoints(tmp_path), (coordinator := Coordinator(fleets.spec(), settings)).identity()
+    ) as saved:
+        weights = coordinator.run(lambda round_, vector: (), saved).program.weights
+    parts = lx.federated.partition(fleets.table(25), 3)
+    plain = settings.replace(secure=False)
+    alone = members(tmp_path / "plain", parts)
+    vector = np.concatenate([np.asarray(fleets.program().weights[path]).ravel() for path in ("body", "head")])
+    answers = [alone[number - 1].answer(vector, plain, 0, number) for number in (1, 2, 3) if number not in gone]
+    rows = [answer.rows for answer in answers]
+    mean = np.average([answer.update["values"] for answer in answers], axis=0, weights=rows)
+    moved = np.concatenate([np.asarray(weights[path]).ravel() for path in ("body", "head")]) - vector
+    step = secure.quantization_step(settings) * 16 * len(rows) / sum(rows)
+    assert 0 < np.abs(moved - mean).max() <= step + 3e-7
+    # What the server saw of each client is no more like its update than noise is.
+    for masked, answer in zip(grid.masked, answers, strict=True):
+        assert abs(np.corrcoef(masked[-15:], answer.update["values"])[0, 1]) < 0.9
 
 
 def free_port():

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lepton_xla.errors import FederatedError, LeptonError
+from lepton_xla.errors import FederatedError, LeptonError, first_line
 from lepton_xla.federated.client_rounds import Client
 from lepton_xla.federated.coordination import Coordinator
 from lepton_xla.federated.flower.messages import (
@@ -26,6 +26,7 @@ from lepton_xla.federated.flower.messages import (
     write_refusal,
     write_task,
 )
+from lepton_xla.federated.flower.secure import Workflow, answer_secure, is_secure
 from lepton_xla.federated.members import Answer, Member, digest_of
 from lepton_xla.federated.partitions import partition
 from lepton_xla.federated.results import RoundReport
@@ -58,7 +59,14 @@ def make_client_app() -> Any:
 
 
 def answer_message(message: Any, context: Any) -> Any:
-    """A client's reply to a message; it says so if it cannot take part."""
+    """A client's reply to a message; it says so if it cannot take part.
+
+    Raises:
+        LeptonError: in secure aggregation, which takes a client that fails for one that has vanished.
+    """
+    if is_secure(message):
+        node = message.metadata.dst_node_id
+        return answer_secure(message, context, lambda vector, task: _take_part(vector, task, context.node_config, node))
     try:
         content = write_answer(_answer(message, context.node_config))
     except LeptonError as error:
@@ -67,14 +75,22 @@ def answer_message(message: Any, context: Any) -> Any:
 
 
 def _answer(message: Any, config: Any) -> Answer:
-    vector, settings, round_, digest = read_task(message.content)
+    vector, task = read_task(message.content)
+    return _take_part(vector, task, config, message.metadata.dst_node_id)
+
+
+def _take_part(vector: np.ndarray, task: Any, config: Any, node: int) -> Answer:
+    try:
+        settings, round_, digest = Federation.of_json(str(task["settings"])), int(task["round"]), task["model"]
+    except (KeyError, ValueError) as error:
+        raise FederatedError(f"the server sent no task that this version understands: {first_line(error)}") from error
     target, folder = str(config["target"]), pathlib.Path(str(config["folder"]))
     most = config.get("most_epsilon")
     part, concentration = str(config.get("part", "")), float(config.get("concentration", 0.0))
     member = _member(target, folder, part, concentration, None if most is None else float(most))
     if digest != digest_of(Client(member.weights, settings)):
         raise FederatedError("the server's model has other weights than this client's: paths or shapes differ")
-    return member.answer(vector, settings, round_, message.metadata.dst_node_id % (1 << 31))
+    return member.answer(vector, settings, round_, node % (1 << 31))
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,19 +122,20 @@ def make_server_app() -> Any:
 
     @app.main()
     def main(grid: Any, context: Any) -> None:  # pyright: ignore[reportUnusedFunction]
-        run_server(grid, context.run_config)
+        run_server(grid, context)
 
     return app
 
 
-def run_server(grid: Any, config: Any) -> None:
+def run_server(grid: Any, context: Any) -> None:
     """Do all rounds, and write into the folder how each went (`rounds.jsonl`) and how it ended (`outcome.json`)."""
+    config = context.run_config
     folder = pathlib.Path(str(config["folder"]))
     try:
         spec = load_named(str(config["target"]), FederatedSpec)
         settings = Federation.of_json(str(config["settings"]))
         coordinator = Coordinator(spec, settings)
-        carrier = Carrier(grid, coordinator, settings, config)
+        carrier = Carrier(grid, context, coordinator, settings)
         with CheckpointFolder(checkpoints(folder), coordinator.identity()) as saved:
             coordinator.run(carrier.ask, saved, functools.partial(_append, folder / "rounds.jsonl"))
         outcome: dict[str, Any] = {"error": None}
@@ -139,21 +156,27 @@ class Carrier:
 
     Args:
         grid: Flower's.
+        context: of the server app. In its configuration: `clients`, that must be connected before a round begins;
+            `wait_s`, how long to wait for them; `round_s`, how long a client may take.
         coordinator: gives the digest of the model.
         settings: the settings.
-        config: `clients`: that must be connected before a round begins; `wait_s`: how long to wait for them; `round_s`:
-            how long a client may take.
     """
 
-    def __init__(self, grid: Any, coordinator: Coordinator, settings: Federation, config: Any) -> None:
+    def __init__(self, grid: Any, context: Any, coordinator: Coordinator, settings: Federation) -> None:
         self._grid, self._coordinator, self._settings = grid, coordinator, settings
+        config = context.run_config
         self._clients, self._wait_s = int(config["clients"]), float(config["wait_s"])
         self._round_s = float(config["round_s"])
+        self._secure = Workflow(grid, context, settings, self._round_s)
 
     def ask(self, round_: int, vector: np.ndarray) -> Iterator[tuple[str, Answer | str]]:
         """Send a round's task to the clients that take part; gives their answers, and who sent none."""
         chosen = self._choose(round_)
-        content = write_task(vector, self._settings, round_, self._coordinator.digest)
+        task = {"settings": self._settings.to_json(), "round": round_, "model": self._coordinator.digest}
+        if self._settings.secure:
+            yield "all", self._secure.run(round_, vector, task, chosen)
+            return
+        content = write_task(vector, task)
         message = flower("app").Message
         # Flower counts how long a message is valid from here: an answer that comes later belongs to no round.
         tasks = [message(content, node, "train", ttl=self._round_s, group_id=str(round_)) for node in chosen]

@@ -11,7 +11,6 @@ import numpy as np
 
 from lepton_xla.errors import FederatedError, first_line
 from lepton_xla.federated.members import Answer
-from lepton_xla.federated.settings import Federation
 
 _TASK, _UPDATE, _NUMBERS, _REFUSED = "task", "update", "numbers", "refused"
 # Of a NumPy file around its numbers.
@@ -38,28 +37,24 @@ def flower(module: str) -> Any:
         ) from error
 
 
-def write_task(vector: np.ndarray, settings: Federation, round_: int, digest: str) -> Any:
-    """A round's task for a client: a `RecordDict`."""
+def write_task(vector: np.ndarray, task: Mapping[str, Any]) -> Any:
+    """A round's task for a client: a `RecordDict`. `task` has `settings`, `round` and `model`."""
     app = flower("app")
-    config = {"settings": settings.to_json(), "round": round_, "model": digest}
     return app.RecordDict(
-        {_TASK: app.ConfigRecord(config), _UPDATE: app.ArrayRecord({"values": app.Array(ndarray=vector)})}
+        {_TASK: app.ConfigRecord(dict(task)), _UPDATE: app.ArrayRecord({"values": app.Array(ndarray=vector)})}
     )
 
 
-def read_task(content: Any) -> tuple[np.ndarray, Federation, int, str]:
-    """The vector, settings, round and model of a task.
+def read_task(content: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
+    """The vector of weights and the rest of a task.
 
     Raises:
         FederatedError: if it is none.
     """
     try:
-        task = content.config_records[_TASK]
-        vector = content.array_records[_UPDATE]["values"].numpy()
-        found = str(task["settings"]), int(task["round"]), str(task["model"])
+        return content.array_records[_UPDATE]["values"].numpy(), content.config_records[_TASK]
     except (KeyError, TypeError, ValueError) as error:
         raise FederatedError(f"the server sent no task that this version understands: {first_line(error)}") from error
-    return vector, Federation.of_json(found[0]), found[1], found[2]
 
 
 def write_answer(answer: Answer) -> Any:
