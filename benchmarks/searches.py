@@ -4,7 +4,8 @@
 
 Each search trains candidates for the fewest bytes within the bound on the drop; it may be killed, and goes on with what
 is in build/benchmarks/searches/ (`--fresh` begins again). Prints the bytes of the best of each, and whether Optuna's is
-at least as good as the median of the random ones. About three seconds a trial on two quiet cores.
+at least as good as the median of the random ones, and writes both to docs/benchmarks/tuning.md. Neither depends on how
+busy the machine is. About three seconds a trial on two quiet cores.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import os
 import pathlib
 import shutil
 import statistics
@@ -22,6 +24,7 @@ from typing import Any
 
 import harness
 import models
+from tuning_page import page
 
 from lepton_xla.tuning import Budget, Constraints, searching, studies, tune
 
@@ -64,6 +67,7 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=5, help="random searches; default: 5")
     parser.add_argument("--fresh", action="store_true", help="begin again")
     parser.add_argument("--quick", action="store_true", help="two trials of one random search: a smoke test")
+    harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     options = parser.parse_args()
     if options.fresh:
@@ -80,6 +84,9 @@ def main() -> int:
     print(
         f"Optuna {own:,} bytes, the median of {count} random searches {median:,.0f}: {median / own:.2f} times smaller"
     )
+    run = harness.machine() | {"command": harness.command(), "load": f"{os.getloadavg()[0]:.1f}"}
+    if options.pages and not options.quick:
+        harness.publish("tuning", {"searches": result | {"run": run}}, page)
     harness.write_json(options.json, result)
     print(f"repeat with: {harness.command()}")
     return int(own > median and not options.quick)

@@ -1,98 +1,136 @@
 """What `lx.tuning.tune` finds beside every preset that needs no training, at the same bound on the drop.
 
-    python benchmarks/tuning.py [--models digits,lenet5] [--minutes 10] [--max-drop 0.5] [--quick] [--json FILE]
+    python benchmarks/tuning.py [--models digits,lenet5] [--minutes 10] [--max-drop 0.5] [--train] [--peers] [--quick]
 
-Each model is tuned twice, from one scoring run: for the fewest bytes on disk, then for the least time of a call. The
-presets are measured in the same runs, in turns with the float model, and judged on the same rows. The best preset is
-the one that is best at the objective among those that keep to the bound by measurement. Trials are kept in
-build/benchmarks/tuning/, so an interrupted run can continue; `--fresh` measures everything again. Writes
-docs/benchmarks/tuning.md.
+Each model is tuned for the fewest bytes on disk, then for the least time of a call, from one scoring run; MiniLM also
+for the most cosine at the bytes of `int8`; with `--train` digits and the residual CNN also with candidates that are
+trained. The presets are measured in the same runs, in turns with the float model, and judged on the same rows. The
+best preset is the one that is best at the objective among those that keep to the bound by measurement. `--peers` adds
+qwix by hand, NNCF's accuracy control and ModelOpt's AutoQuantize, where they are installed. Trials are kept in
+build/benchmarks/tuning/, so an interrupted run can continue; `--fresh` measures everything again. Each objective is
+written to docs/benchmarks/tuning.md as soon as it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import harness
 import models
+from tuning_page import FASTER, HEADER, MODELS, SMALLER, aims, cells, page
+from tuning_trainings import TRAININGS
 
 import lepton_xla as lx
+from lepton_xla.train import TrainSpec
 from lepton_xla.tuning import Budget, Constraints, Trial, Tuning, tune
+from lepton_xla.tuning.constraints import Objective
+from lepton_xla.tuning.judging import Judge
+from lepton_xla.tuning.trials import as_loaded, predictor
 
-MODELS = ("digits", "lenet5", "residual", "transformer", "minilm")
+# The most promising first: where time is short, the last are measured last.
 PRESETS = (
-    "int8", "int8-weight-only", "int4-weight-only", "int4-channel-weight-only", "nf4-weight-only", "codebook16",
-    "int8-prune50",
+    "int8", "int4-channel-weight-only", "codebook16", "int8-prune50", "int8-weight-only", "int4-weight-only",
+    "nf4-weight-only",
 )  # fmt: skip
 FOLDER = harness.ROOT / "build" / "benchmarks" / "tuning"
-# Shares of the minutes: the scoring run counts for the first.
-SHARES: dict[Literal["bytes", "latency"], float] = {"bytes": 0.6, "latency": 0.4}
-INTRODUCTION = """\
-`benchmarks/tuning.py` writes this page from `tuning.json`. For each model and objective, the first row is the best
-preset that keeps to the bound on the drop, the second what `leptonx tune` found within the minutes; presets are among
-its trials, so it is never worse. The drop is that on the half of the test rows that chose nothing, with its 95 %
-interval, paired with the float model row by row; candidates were chosen by the other half. Time is a share of that of
-the float program in the same rounds, the geometric mean over the buckets."""
-LEFT = [
-    "preset",
-    "drop, points (95 %)",
-    "bytes on disk",
-    "of float's time",
-    "times smaller found",
-    "times faster found",
-]
-HEADER = ["", "recipe", "drop, points (95 %)", "bytes on disk", "of float's", "of float's time", "beside the preset"]
+MAX_DROP = {"minilm": 0.2}
+# The bytes that a trained candidate may have, as a share of float's, and the shares of the minutes.
+TRAINED_BYTES = {"residual": 1 / 6, "digits": 1 / 16}
 
 
-def measure(model: models.BenchModel, options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """Tune one model for each objective."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One search.
+
+    Attributes:
+        name: for tables.
+        objective: what is to be least.
+        constraints: what to keep to.
+        share: of the minutes.
+        training: how candidates are trained, if they are.
+    """
+
+    name: str
+    objective: Objective
+    constraints: Constraints
+    share: float
+    training: TrainSpec | None = None
+
+
+def tasks(model: models.BenchModel, options: argparse.Namespace, known: Mapping[str, Any]) -> list[Task]:
+    """The searches of a model; `known` are those that are done."""
+    drop = options.max_drop if options.max_drop is not None else MAX_DROP.get(model.name, 0.5)
+    found = [
+        Task("bytes", "bytes", Constraints(max_drop=drop), 0.5),
+        Task("latency", "latency", Constraints(drop), 0.5),
+    ]
+    if model.name == "minilm":
+        int8 = next(
+            (each["bytes"] for each in known.get("bytes", {}).get("presets", []) if each["name"] == "int8"), None
+        )
+        found.append(Task("cosine", "metric", Constraints(max_bytes=int8), 0.5)) if int8 else None
+    if options.train and model.name in TRAININGS:
+        limits = Constraints(
+            max_drop=0.0, max_bytes=round(TRAINED_BYTES[model.name] * model.spec.program().weights_bytes)
+        )
+        found.append(Task("trained", "latency", limits, 1.0, TRAININGS[model.name]()))
+    return [task for task in found if task.name in options.objectives]
+
+
+def measure(model: models.BenchModel, task: Task, options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
+    """One search of a model."""
     spec = model.spec
     assert spec.evaluate is not None
-    found: dict[str, Any] = {"data": model.data, "objectives": {}}
     program, batches = spec.program(), list(spec.calibration_batches() or ())
-    for objective, share in SHARES.items():
-        began = time.perf_counter()
+    began = time.perf_counter()
 
-        def say(line: str, done: int, total: int, began: float = began) -> None:
-            del done, total
-            if line.endswith(": build"):
-                print(f"    {time.perf_counter() - began:4.0f} s, {line}", flush=True)
+    def say(line: str, done: int, total: int) -> None:
+        del done, total
+        if line.endswith((": build", ": train")) or "trial" not in line:
+            print(f"    {time.perf_counter() - began:4.0f} s, {line}", flush=True)
 
-        tuned = tune(
-            program,
-            spec.evaluate,
-            batches,
-            constraints=Constraints(max_drop=options.max_drop),
-            objective=objective,
-            budget=Budget(options.minutes * share, 3 if options.quick else None),
-            buckets=spec.buckets,
-            presets=PRESETS[:1] if options.quick else PRESETS,
-            journal=str(folder / f"{model.name}.jsonl"),
-            progress=say,
-        )
-        found["objectives"][objective] = summary(tuned, objective)
-        print("\n".join("    " + " | ".join(row) for row in cells(model.name, objective, found)), flush=True)
-    return found
+    tuned = tune(
+        program,
+        spec.evaluate,
+        batches,
+        constraints=task.constraints,
+        objective=task.objective,
+        budget=Budget(options.minutes * task.share, 3 if options.quick else None, 1 if options.quick else 30),
+        buckets=spec.buckets,
+        presets=PRESETS[:1] if options.quick or task.training or task.name == "cosine" else PRESETS,
+        journal=str(folder / f"{model.name}.jsonl"),
+        progress=say,
+        training=task.training,
+    )
+    return summary(tuned, task, spec.evaluate)
 
 
-def summary(tuned: Tuning, objective: Literal["bytes", "latency"]) -> dict[str, Any]:
+def summary(tuned: Tuning, task: Task, evaluate: Any) -> dict[str, Any]:
     """The best preset and the best of all, how they compare, and how far estimates agree with measurements."""
     holding = [trial for trial in tuned.trials if trial.origin == "preset" and not trial.excess(tuned.constraints)]
-    preset = min(holding, key=lambda trial: trial.value(objective), default=None)
+    preset = min(holding, key=lambda trial: trial.value(task.objective), default=None)
     best = tuned.best
-    return {
+    if task.name == "cosine":
+        fitting = [trial for trial in tuned.trials if not trial.excess(tuned.constraints)]
+        best = max(fitting, key=lambda trial: trial.metrics["cosine"], default=None)
+    compared = {} if task.training or task.name == "cosine" else {"preset": shown(preset)}
+    better = preset.value(task.objective) / best.value(task.objective) if compared and preset and best else None
+    found = {
         "float": tuned.float_metrics[tuned.metric],
         "float_bytes": tuned.float_bytes,
-        "preset": shown(preset),
+        **compared,
         "best": shown(best),
-        "better": preset.value(objective) / best.value(objective) if preset and best else None,
+        "better": better,
+        "limits": {key: value for key, value in dataclasses.asdict(tuned.constraints).items() if value is not None},
         "presets": [left(trial, tuned) for trial in tuned.trials if trial.origin == "preset" and not trial.failure],
         "correlations": tuned.correlations,
         "trials": len(tuned.trials),
@@ -100,6 +138,11 @@ def summary(tuned: Tuning, objective: Literal["bytes", "latency"]) -> dict[str, 
         "stopped": tuned.stopped,
         "seconds": tuned.seconds,
     }
+    if better and better >= min(SMALLER, FASTER) and preset and best:  # is it as accurate as the preset?
+        one, other = (as_loaded(tuned.build(each)) for each in (preset, best))
+        apart = Judge(one, evaluate, predictor(one))(predictor(other)).reported
+        found |= {"apart": str(apart), "apart_low": apart.low}
+    return found
 
 
 def left(preset: Trial, tuned: Tuning) -> dict[str, Any]:
@@ -126,77 +169,28 @@ def shown(trial: Trial | None) -> dict[str, Any] | None:
         "bytes": trial.bytes,
         "latency": trial.latency,
         "recipe": trial.recipe,
+        "training": trial.training,
+        **({"cosine": trial.metrics["cosine"]} if "cosine" in trial.metrics else {}),
     }
 
 
-def cells(name: str, objective: str, found: Mapping[str, Any]) -> list[list[str]]:
-    """Two rows: the best preset, and what was found."""
-    result = found["objectives"][objective]
-    rows: list[list[str]] = []
-    for which in ("preset", "best"):
-        trial = result[which]
-        if trial is None:
-            rows.append([f"{name}, {objective}", f"no {which} holds", "", "", "", "", ""])
-            continue
-        better = f"{result['better']:.2f} times {'smaller' if objective == 'bytes' else 'faster'}"
-        rows.append(
-            [
-                f"{name}, {objective}",
-                trial["name"],
-                trial["drop"],
-                f"{trial['bytes']:,}",
-                f"{trial['bytes'] / result['float_bytes']:.3f}",
-                f"{trial['latency']:.2f}",
-                better if which == "best" and result["better"] else "",
-            ]
-        )
-    return rows
-
-
-def page(results: Mapping[str, Any]) -> str:
-    """The page, from the results of all models measured so far."""
-    parts = [
-        "# Tuning",
-        INTRODUCTION,
-    ]
-    for name in [name for name in MODELS if name in results]:
-        found = results[name]
-        rows = [row for objective in found["objectives"] for row in cells(name, objective, found)]
-        parts += [
-            f"## {name}",
-            f"{found['data']}. At most {found['max_drop']:g} points lost.",
-            harness.markdown(HEADER, rows),
-        ]
-        for objective, result in found["objectives"].items():
-            ranks = ", ".join(f"{kind} {value:.2f}" for kind, value in result["correlations"].items())
-            parts.append(
-                f"For {objective}: {result['trials']} recipes measured in {result['seconds']:.0f} s (ended: "
-                f"{result['stopped']}); rank correlations of estimates and measurements over {result['chosen']} chosen "
-                f"ones: {ranks or 'too few'}."
-            )
-        presets: dict[str, dict[str, Any]] = {}
-        for result in found["objectives"].values():
-            for each in result.get("presets", []):
-                known = presets.setdefault(each["name"], dict(each))
-                known |= {key: max(known[key], each[key]) for key in ("smaller", "faster")}
-        cells_of = [
-            [each["name"], each["drop"], f"{each['bytes']:,}", f"{each['latency']:.2f}", f"{each['smaller']:.2f}",
-             f"{each['faster']:.2f}"]
-            for each in presets.values()
-        ]  # fmt: skip
-        if cells_of:
-            parts += ["What each preset leaves, at no larger drop on the rows that candidates are chosen by:",
-                      harness.markdown(LEFT, cells_of)]  # fmt: skip
-        parts.append(harness.provenance(found["run"]))
-    return "\n\n".join(parts) + "\n"
+def known_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the page has of a model."""
+    file = harness.PAGES / "tuning.json"
+    if not options.pages or options.quick or not file.is_file():
+        return {}
+    return json.loads(file.read_text()).get(name, {})
 
 
 def main() -> int:
     """Measures, prints, writes; exit code 1 where nothing could be measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     harness.add_names(parser, "--models", MODELS)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for each model; default: 10")
-    parser.add_argument("--max-drop", type=float, default=0.5, help="points that may be lost; default: 0.5")
+    harness.add_names(parser, "--objectives", ("bytes", "latency", "cosine", "trained"))
+    parser.add_argument("--minutes", type=float, default=10.0, help="for bytes and latency together; default: 10")
+    parser.add_argument("--max-drop", type=float, help="points that may be lost; default: 0.5, of MiniLM 0.2")
+    parser.add_argument("--train", action="store_true", help="also train candidates, in as many minutes again")
+    parser.add_argument("--peers", action="store_true", help="measure other tools too")
     parser.add_argument("--fresh", action="store_true", help="measure every trial again")
     parser.add_argument("--quick", action="store_true", help="little training, three trials, no page: a smoke test")
     harness.add_pages(parser)
@@ -207,30 +201,42 @@ def main() -> int:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.models:
-            load = f"{os.getloadavg()[0]:.1f}"
+            run = harness.machine() | {"command": harness.command(), "load": f"{os.getloadavg()[0]:.1f}"}
             print(f"{name} ...", flush=True)
+            found = known_of(name, options)
             try:
-                found = measure(
-                    models.load(name, quick=options.quick), options, pathlib.Path(scratch) if options.quick else FOLDER
-                )
+                model = models.load(name, quick=options.quick)
+                found |= {"data": model.data, "objectives": found.get("objectives", {})}
+                for task in tasks(model, options, found["objectives"]):
+                    result = measure(model, task, options, pathlib.Path(scratch) if options.quick else FOLDER)
+                    found["objectives"][task.name] = result | {"run": run}
+                    print("\n".join("    " + " | ".join(row) for row in cells(name, task.name, result)), flush=True)
+                    keep(name, found, options, results)
+                if options.peers:
+                    import tuning_peers
+
+                    found |= {"peers": tuning_peers.rows(model), "peers_run": run}
+                    keep(name, found, options, results)
             except models.MissingError as error:
                 print(f"{name}: skipped: {error}", flush=True)
-                continue
             except lx.LeptonError as error:
                 print(f"{name}: {type(error).__name__}: {error}", flush=True)
-                continue
-            run = harness.machine() | {"command": harness.command(), "load": load}
-            results[name] = found | {"max_drop": options.max_drop, "run": run}
-            if options.pages and not options.quick:
-                harness.publish("tuning", {name: results[name]}, page)
     for name, found in results.items():
-        rows = [row for objective in found["objectives"] for row in cells(name, objective, found)]
+        rows = [row for objective, result in found["objectives"].items() for row in cells(name, objective, result)]
         print(harness.markdown(HEADER, rows))
         for objective, result in found["objectives"].items():
             print(f"{name}, {objective}: rank correlations {result['correlations']}, {result['seconds']:.0f} s")
+    print(harness.markdown(["aim", "found", "note"], aims(results)))
     harness.write_json(options.json, results)
     print(f"repeat with: {harness.command()}")
     return int(not results)
+
+
+def keep(name: str, found: dict[str, Any], options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Keep what was measured of a model, and write the page."""
+    results[name] = found
+    if options.pages and not options.quick:
+        harness.publish("tuning", {name: found}, page)
 
 
 if __name__ == "__main__":

@@ -237,9 +237,8 @@ def told(study, key, drop=1.0):
     return asked.settings
 
 
-@pytest.mark.parametrize("storage", ["sqlite:///{}/s.db", "{}/s.optuna"])
-def test_two_processes_share_what_they_try_and_measure(optuna, tmp_path, storage):
-    where = storage.format(tmp_path)
+def test_two_processes_share_what_they_try_and_measure(optuna, tmp_path):
+    where = f"sqlite:///{tmp_path}/s.db"
     study = Study("s", RANGES, FIRST, storage=where)
     waits = study.ask()  # while the other works
     code = (

@@ -59,7 +59,7 @@ def found(**changes):
     given = {
         "constraints": Constraints(max_drop=5.0),
         "objective": "bytes",
-        "budget": Budget(minutes=10, trials=5),
+        "budget": Budget(minutes=10, trials=3),
         "buckets": {"batch": (1,)},
         "choices": FEW,
         "presets": (),
@@ -238,7 +238,7 @@ def test_what_xla_cannot_do_is_told(monkeypatch):
 
 
 def test_constraints_that_no_measurement_keeps_to_give_the_nearest(smallest):
-    tuned = found(constraints=Constraints(max_drop=5.0, max_latency_ms=0.01), budget=Budget(trials=2))
+    tuned = found(constraints=Constraints(max_drop=5.0, max_latency_ms=0.01), budget=Budget(trials=1))
     assert tuned.best is None
     assert tuned.nearest is not None
     assert tuned.nearest.excess(tuned.constraints) == pytest.approx(tuned.nearest.us[0] / 10 - 1)
@@ -310,5 +310,9 @@ def test_what_was_built_is_certified(smallest):
     # 600 of 600 right: at least 0.025 ** (1 / 600) of all rows, less the drop's upper end.
     assert certificate.promised == pytest.approx(0.025 ** (1 / 600) - max(reported.high, 0) / 100)
     assert (certificate.weights_bytes, certificate.float_bytes) == (tuned.best.bytes, tuned.float_bytes)
-    by_loss = found(evaluate=lambda predict: {"loss": 1 - evaluate(predict)["accuracy"]}, lower_is_better=True)
+    by_loss = found(
+        evaluate=lambda predict: {"loss": 1 - evaluate(predict)["accuracy"]},
+        lower_is_better=True,
+        budget=Budget(trials=1),
+    )
     assert by_loss.certify(predict, 1).promised is None
