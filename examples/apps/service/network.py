@@ -134,7 +134,7 @@ def _layer(w: Weights, layer: int, x: jax.Array, own: Any, own_seen: jax.Array, 
     y = _norm(x, at("norm1"))
     k, v = own(_heads(y @ at("k")), _heads(y @ at("v")))
     x = x + _attend(y @ at("q"), k, v, own_seen) @ at("o")
-    x = x + _attend(_norm(x, at("norm2")) @ at("cq"), *other, seen) @ at("co")
+    x = x + _attend(_norm(x, at("norm2")) @ at("cq"), other[0], other[1], seen) @ at("co")
     return x + jax.nn.gelu(_norm(x, at("norm3")) @ at("up")) @ at("down"), (k, v)
 
 

@@ -53,12 +53,16 @@ class Page(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """Answers with files, and passes streams on as they come."""
 
-    server: Page
+    @property
+    def page(self) -> Page:
+        """The server."""
+        assert isinstance(self.server, Page)
+        return self.server
 
     def do_GET(self) -> None:
         """Answer one request."""
         path, _, query = self.path.partition("?")
-        if self.headers.get("Host") not in self.server.names:
+        if self.headers.get("Host") not in self.page.names:
             self.send_error(421)
         elif path in FILES:
             name, kind = FILES[path]
@@ -78,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self, target: str) -> None:
         # `closing`: a browser that goes away frees the sequence's slot.
-        with contextlib.closing(http.client.HTTPConnection(*self.server.upstream, timeout=60)) as asked:
+        with contextlib.closing(http.client.HTTPConnection(*self.page.upstream, timeout=60)) as asked:
             last = self.headers.get("Last-Event-ID")
             asked.request("GET", target, headers={"Last-Event-ID": last} if last else {})
             answer = asked.getresponse()
