@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import logging
 import os
+import pathlib
 from collections.abc import Generator
 
 from lepton_xla import _jaxlib
@@ -53,6 +55,22 @@ def installed() -> str | None:
         _LOG.warning("%s %s %s. XLA's own code is used; install the package again", PACKAGE, version, problem)
         return None
     return version
+
+
+@functools.cache
+def build() -> str:
+    """A digest of the installed kernels' code: times of one build do not hold for another; empty if there are none.
+
+    >>> len(build()) in (0, 16)
+    True
+    """
+    if installed() is None:
+        return ""
+    digest = hashlib.sha256()
+    for folder in importlib.import_module("lepton_xla_kernels").__path__:
+        for library in sorted(pathlib.Path(folder).glob("*.so")):
+            digest.update(library.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

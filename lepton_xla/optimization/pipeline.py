@@ -266,9 +266,10 @@ def _in_rounds(run: _Run, program: Program, plan: Plan) -> Program:
         return lowered
     run.say(f"once more, without multiplying the activations of {len(vain)} products that are computed in float")
     first = lowered.history[len(program.history) :]
-    sites = next(report.sites for report in first if report.name == "quantize")
+    report = next(report for report in first if report.name == "quantize")
     # Without those multiplications, the chosen sites gain as much over float as before, so nothing is timed again.
-    chosen = frozenset(site.site for site in sites if site.outcome == "codes"), lowered.expansion is not None
+    integer = frozenset(site.site for site in report.sites if site.outcome == "codes")
+    chosen = integer, lowered.expansion is not None, frozenset[int](report.metrics.get("rows_without_kernels", ()))
     again = _quantized(run, program, plan, known, in_float=vain, chosen=chosen if run.sizes else None)
     return _with_first_round(again, first, len(program.history))
 
@@ -286,8 +287,9 @@ def _with_first_round(program: Program, before: Sequence[PassReport], start: int
             one, other = first.metrics.get(key, {}), report.metrics.get(key, {})
             if one or other:
                 metrics[key] = {part: one.get(part, 0) + other.get(part, 0) for part in {**one, **other}}
-        if "whole_program" in first.metrics:
-            metrics.setdefault("whole_program", first.metrics["whole_program"])
+        for key in ("whole_program", "kernels", "rows_without_kernels"):
+            if key in first.metrics:
+                metrics.setdefault(key, first.metrics[key])
         return dataclasses.replace(report, seconds=report.seconds + first.seconds, metrics=metrics)
 
     history = (*program.history[:start], *map(both, program.history[start:]))
@@ -361,7 +363,7 @@ def _quantized(
     known: _Known,
     *,
     in_float: Mapping[str, str] | None = None,
-    chosen: tuple[frozenset[str], bool] | None = None,
+    chosen: tuple[frozenset[str], bool, frozenset[int]] | None = None,
 ) -> Program:
     """Prepare weights, calibrate activation ranges, and quantize; `in_float` and `chosen` as in `quantize`."""
     program, grids = _prepare(run, program, plan, known, unmultiplied=tuple(in_float or ()))

@@ -57,7 +57,7 @@ def clock(monkeypatch):
         monkeypatch.setattr(integer_arithmetic, "compare", compare)
         monkeypatch.setattr(integer_arithmetic, "time_programs", time_programs)
         monkeypatch.setattr(integer_arithmetic, "choose", lambda *_: Choices())
-        monkeypatch.setattr(integer_arithmetic, "times_us", lambda _eqn, _timer: [])
+        monkeypatch.setattr(integer_arithmetic, "times_us", lambda _eqn, _timer, **_: [])
 
     return set_to
 
@@ -97,6 +97,29 @@ def test_kernels_that_lose_are_not_taken(kernels, clock, kernel_us, program_us):
     assert all("the whole program no faster" in site.reason for site in sites(lowered).values())
 
 
+def test_kernels_are_not_used_for_the_rows_at_which_they_lose_in_the_whole_program(kernels, clock, monkeypatch):
+    """Each alone takes a quarter of the time; with codes the program wins at both sizes, with kernels more at one."""
+    clock({"a": 25.0, "b": 25.0}, None)
+
+    def time_programs(functions, inputs, timer=None):
+        def us(text):
+            if "weight_only_product" in text:
+                return 90.0
+            return FLOAT_US if "i8[" not in text else 80.0 if inputs[0].shape[0] == 6 else 99.0
+
+        return [us(str(jax.make_jaxpr(fn)(weights, *inputs))) for fn, weights in functions]
+
+    monkeypatch.setattr(integer_arithmetic, "time_programs", time_programs)
+    lowered = lower(two_layers())
+    assert {str(site.metrics["way"]) for site in sites(lowered).values()} == {"{'1': 'kernel', '6': 'XLA'}"}
+    metrics = lowered.history[-1].metrics
+    assert metrics["rows_without_kernels"] == [6]
+    assert [timed["lowered_us"] for timed in metrics["whole_program"]] == [90.0, 80.0]
+    for batch in (1, 6):
+        text = str(jax.make_jaxpr(lowered.fn)(lowered.weights, jnp.ones((batch, 24))))
+        assert text.count("weight_only_product") == (2 if batch == 1 else 0)
+
+
 def test_one_kernel_may_win_alone(kernels, clock):
     clock({"a": 25.0, "b": 130.0}, lambda count: FLOAT_US - 10 * count)
     lowered = lower(two_layers())
@@ -131,7 +154,12 @@ def test_rows_decide_who_multiplies(kernels, clock, monkeypatch):
         ]
 
     monkeypatch.setattr(integer_arithmetic, "compare", compare)
-    monkeypatch.setattr(integer_arithmetic, "time_programs", lambda functions, *_, **__: [100.0, 100.0, 50.0])
+
+    def time_programs(functions, inputs, timer=None):
+        texts = [str(jax.make_jaxpr(fn)(weights, *inputs)) for fn, weights in functions]
+        return [50.0 if "integer_product" in text else 100.0 for text in texts]
+
+    monkeypatch.setattr(integer_arithmetic, "time_programs", time_programs)
     lowered = lower(two_layers(), "int8")
     assert {site.metrics["way"]["1"] for site in sites(lowered).values()} == {"kernel"}
     assert {site.reason for site in sites(lowered).values()} == {"by a kernel at 1 rows: 0.28 of float's time"}

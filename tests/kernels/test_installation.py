@@ -1,5 +1,6 @@
 """Kernels that are missing or do not fit: XLA's own code runs, and the log says why."""
 
+import hashlib
 import sys
 import types
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from lepton_xla.kernels import installation, weight_only
+from lepton_xla.passes.core.targets import Target
 from lepton_xla.quant import quantize
 
 
@@ -15,7 +17,7 @@ def fresh(monkeypatch):
     """Looks for the kernels again."""
     monkeypatch.setenv(installation.VARIABLE, "")
     monkeypatch.setattr(installation.importlib.metadata, "version", lambda _name: "9.9")
-    caches = installation.installed, installation.examine
+    caches = installation.installed, installation.examine, installation.build
     for cached in caches:
         cached.cache_clear()
     yield
@@ -55,3 +57,16 @@ def test_a_package_that_is_not_installed_is_no_matter(fresh, monkeypatch, caplog
     monkeypatch.setattr(installation.importlib.metadata, "version", missing)
     assert not installation.usable()
     assert not caplog.records
+
+
+def test_times_of_another_build_do_not_hold(kernels, monkeypatch, tmp_path):
+    before = Target.here()
+    (tmp_path / "_library.so").write_bytes(b"another build")
+    monkeypatch.setattr(kernels, "__path__", [str(tmp_path)])
+    installation.build.cache_clear()
+    try:
+        after = Target.here()
+    finally:
+        installation.build.cache_clear()
+    assert before.digest != after.digest
+    assert hashlib.sha256(b"another build").hexdigest()[:16] in after.versions

@@ -217,9 +217,17 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
     return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
 
 
-def times_us(eqn: Any, timer: Timer) -> list[float]:
-    """Microseconds of an operation with every alternative, including XLA's own; empty if there is none."""
-    return list(_timed(_Operation(eqn), timer).values()) if _timed_ways(eqn, timer) else []
+def times_us(eqn: Any, timer: Timer, *, kernels: bool = True) -> list[float]:
+    """Microseconds of an operation with every alternative, including XLA's own; empty if there is none.
+
+    Args:
+        eqn: the operation.
+        timer: times calls.
+        kernels: whether a kernel is among the alternatives, if there is one.
+    """
+    if not _timed_ways(eqn, timer):
+        return []
+    return [us for way, us in _timed(_Operation(eqn), timer).items() if kernels or way != KERNEL]
 
 
 def _timed_ways(eqn: Any, timer: Timer, *, transposed: bool = False) -> dict[str, Callable[..., jax.Array]]:

@@ -23,7 +23,7 @@ class Target:
         runtime: the runtime's own version text, such as that of CUDA.
         processor: the host's processor, with a digest of its features.
         cores: number of cores that this process may use.
-        versions: of jax, jaxlib, lepton-xla, and the kernels if they are usable.
+        versions: of jax, jaxlib, lepton-xla, and the kernels, with a digest of their code, if usable.
         xla_flags: the part of `XLA_FLAGS` that can change compiled code, sorted.
         settings: settings of JAX that change how a program is compiled.
 
@@ -56,14 +56,16 @@ class Target:
     def here(cls) -> Target:
         """Describe this process's default device."""
         device = jax.devices()[0]
-        names = ("jax", "jaxlib", "lepton-xla", *((installation.PACKAGE,) if installation.usable() else ()))
+        versions = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "lepton-xla")]
+        if installation.usable():
+            versions.append(f"{installation.PACKAGE} {installation.installed()} {installation.build()}")
         return cls(
             platform=jax.default_backend(),
             device_kind=device.device_kind,
             runtime=_compat.runtime_version(device),
             processor=f"{machine.cpu_model()}, {machine.cpu_features_digest()}",
             cores=machine.usable_cores(),
-            versions=", ".join(f"{name} {_version(name)}" for name in names),
+            versions=", ".join(versions),
             xla_flags=machine.relevant_xla_flags(os.environ.get("XLA_FLAGS", "")),
             settings=_compat.compile_settings(),
         )

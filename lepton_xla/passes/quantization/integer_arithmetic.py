@@ -45,7 +45,7 @@ from lepton_xla.passes.quantization.storing import (
     storing_step,
     zero_channels,
 )
-from lepton_xla.passes.quantization.whole_program import WholeProgram
+from lepton_xla.passes.quantization.whole_program import WholeProgram, WholeTiming
 from lepton_xla.program import Expansion, Program
 from lepton_xla.quant import QTensor
 from lepton_xla.quant.grid import settle
@@ -77,7 +77,7 @@ def quantize(
     scales: Mapping[str, Mapping[str, Float[Array, "*_"]]] | None = None,
     sizes: Sequence[Mapping[str, int]] = (),
     in_float: Mapping[str, str] | None = None,
-    chosen: tuple[frozenset[str], bool] | None = None,
+    chosen: tuple[frozenset[str], bool, frozenset[int]] | None = None,
     known: dict[str, tuple[jax.Array, QTensor]] | None = None,
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
@@ -94,8 +94,8 @@ def quantize(
         sizes: sizes of the symbolic dimensions, such as `[{"batch": 1}, {"batch": 32}]`, at which integer products are
             timed against float. If empty, nothing is timed and every planned site is computed as planned.
         in_float: site name -> why its product must be computed in float although an integer one is planned.
-        chosen: what an earlier measurement of a similar program chose: names of the integer sites, and whether other
-            weights are unpacked on loading. None: the whole program is timed.
+        chosen: what an earlier measurement of a similar program chose: names of the integer sites, whether other
+            weights are unpacked on loading, and numbers of rows without kernels. None: the whole program is timed.
         known: cache of stored weights: path -> float weight and what it was stored as.
         timer: times calls, for its target; by default a new one for this process's device.
         progress: called with a line for each site.
@@ -182,9 +182,9 @@ def quantize(
 
     fused: dict[str, str] = {}
 
-    def build(integer: frozenset[str]) -> Callable[..., Any]:
+    def build(integer: frozenset[str], kernels: bool = True) -> Callable[..., Any]:
         side_inputs = {key: name for key, name in names.items() if key[0] in integer}
-        ways = _ways(integer, timings)
+        ways = _ways(integer, timings if kernels else selection.without_kernels(timings))
         lowered = _lowered(program.fn, like, every, side_inputs, ways, timer.target, fused)
         by_kernel = {name for name, found in ways.items() if "kernel" in found.values()}
         convolved = any(each.site.kind == "conv_general_dilated" and each.site.name in by_kernel for each in every)
@@ -193,7 +193,7 @@ def quantize(
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}
 
-    def variant(integer: frozenset[str], unpacked: bool) -> tuple[Callable[..., Any], Any]:
+    def variant(integer: frozenset[str], unpacked: bool, kernels: bool = True) -> tuple[Callable[..., Any], Any]:
         """The program with these sites computed from codes, and its weights.
 
         The original float weight stands for an unpacked weight: it takes no extra memory, and its operations the same
@@ -204,7 +204,7 @@ def quantize(
             if unpacked and path not in laid:
                 laid[path] = _laid(program.weights[path], Alike(site)) if site.layout else program.weights[path]
             own[path] = laid[path] if unpacked else weights[path].by_rows()
-        return Candidate(choices.apply(build(integer)), compiled), own  # as `autotune` will leave it
+        return Candidate(choices.apply(build(integer, kernels)), compiled), own  # as `autotune` will leave it
 
     floating = (Candidate(choices.apply(program.fn), compiled), program.weights)
     whole = WholeProgram(program, floating, variant, functools.partial(time_programs, timer=timer), say)
@@ -216,6 +216,20 @@ def quantize(
     tried = whole.sets(sets, selection.spread(sizes), may_unpack) if len(sets) > 1 else []
     integer = selection.fastest(sets, tried)
     lowered_us = {at: timed.set_us[sets.index(integer)] for at, timed in enumerate(tried)}
+    by_rows: list[WholeTiming] = []
+    if chosen is not None:
+        refused = chosen[2]
+    else:  # a kernel that wins alone may lose among its neighbours
+        kernel_rows = {
+            at: rows for at in range(len(tried)) if (rows := _kernel_rows(integer, timings, tried[at].sizes))
+        }
+        if kernel_rows:
+            both = [variant(integer, may_unpack), variant(integer, may_unpack, kernels=False)]
+            by_rows = whole.compare(both, [tried[at].sizes for at in kernel_rows])
+        refused = selection.losing_rows(by_rows, list(kernel_rows.values()))
+        for (at, rows), timed in zip(kernel_rows.items(), by_rows, strict=True):
+            lowered_us[at] = timed.set_us[1 if rows <= refused else 0]
+    timings = selection.without_kernels(timings, refused)
     unpackable = _unpackable(stored, integer)
     weights |= {path: weights[path].by_rows() for path in unpackable}
     expansion = None
@@ -256,6 +270,11 @@ def quantize(
             {"sizes": timed.sizes, "float_us": timed.float_us, "lowered_us": lowered_us[at]}
             for at, timed in enumerate(tried)
         ]
+    if by_rows:
+        metrics["kernels"] = [
+            {"sizes": timed.sizes, "with_us": timed.set_us[0], "without_us": timed.set_us[1]} for timed in by_rows
+        ]
+        metrics["rows_without_kernels"] = sorted(refused)
     metrics |= timer.since(counts)
     metrics["seconds"] = {
         "store weights": prepared_s,
@@ -375,8 +394,9 @@ def _time_sites(
         say(name)
     timings: dict[str, list[Timing]] = {name: [] for name in rules}
     for (site, _, _), timing in zip(wanted, compare(wanted, timer), strict=True):
-        fastest = min([timing.float_us, *times_us(site.eqn, timer)])  # among the float alternatives
         gathered = site.path is not None and is_spread(program.weights[site.path])
+        # Among the float alternatives.
+        fastest = min([timing.float_us, *times_us(site.eqn, timer, kernels=not gathered)])
         kernel_us = None if gathered else timing.kernel_us
         timings[site.name].append(dataclasses.replace(timing, float_us=fastest, kernel_us=kernel_us))
     return timings
@@ -389,6 +409,15 @@ def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: fro
 
 def _ways(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, Ways]:
     return {name: selection.ways(timings[name]) for name in integer}
+
+
+def _kernel_rows(
+    integer: frozenset[str], timings: Mapping[str, Sequence[Timing]], sizes: Mapping[str, int]
+) -> frozenset[int]:
+    """The numbers of rows that a kernel multiplies at a size."""
+    ways = _ways(integer, timings)
+    at_size = [(name, timing.rows) for name in integer for timing in timings[name] if timing.sizes == sizes]
+    return frozenset(rows for name, rows in at_size if ways[name][rows] == "kernel")
 
 
 def _unpackable(stored: Sequence[PlannedSite], integer: frozenset[str]) -> dict[str, Site]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lepton_xla.passes.core.targets import Target
@@ -63,6 +64,37 @@ def ratio(timings: Sequence[Timing]) -> float:
         return 0.0
     fastest = ways(timings)
     return statistics.geometric_mean([timing.us[fastest[timing.rows]] / timing.float_us for timing in timings])
+
+
+def without_kernels(
+    timings: Mapping[str, Sequence[Timing]], rows: Collection[int] | None = None
+) -> dict[str, list[Timing]]:
+    """The timings without kernels for some numbers of rows; None: for all."""
+    return {
+        name: [
+            dataclasses.replace(timing, kernel_us=None) if rows is None or timing.rows in rows else timing
+            for timing in found
+        ]
+        for name, found in timings.items()
+    }
+
+
+def losing_rows(timed: Sequence[WholeTiming], rows: Sequence[Collection[int]]) -> frozenset[int]:
+    """The numbers of rows at which the whole program is slower with kernels, by geometric mean over its sizes.
+
+    Args:
+        timed: times with kernels, and without.
+        rows: the numbers of rows that kernels multiply at each of these sizes.
+
+    >>> timed = [WholeTiming({"batch": at}, 9.0, times) for at, times in ((1, (2.0, 3.0)), (8, (5.0, 4.0)))]
+    >>> losing_rows(timed, [{1}, {8}])
+    frozenset({8})
+    """
+    ratios: dict[int, list[float]] = {}
+    for each, numbers in zip(timed, rows, strict=True):
+        for number in numbers:
+            ratios.setdefault(number, []).append(each.set_us[1] / each.set_us[0])
+    return frozenset(number for number, found in ratios.items() if statistics.geometric_mean(found) < WORTH_RATIO)
 
 
 def candidate_sets(timings: Mapping[str, Sequence[Timing]]) -> list[frozenset[str]]:

@@ -77,6 +77,10 @@ class WholeProgram:
             found.append(dataclasses.replace(timed, set_us=set_us))
         return found
 
+    def compare(self, variants: Sequence[Variant], sizes: Sequence[Mapping[str, int]]) -> list[WholeTiming]:
+        """Time variants at all sizes."""
+        return [self._time(at, variants) for at in sizes]
+
     def unpacking(
         self,
         integer: frozenset[str],

@@ -412,7 +412,7 @@ def fake_clock(monkeypatch, site_us, program_us=None):
     monkeypatch.setattr(lower_module, "compare", lambda wanted, timer: [compare(*each, timer) for each in wanted])
     monkeypatch.setattr(lower_module, "time_programs", time_programs)
     monkeypatch.setattr(lower_module, "choose", lambda *_: Choices())
-    monkeypatch.setattr(lower_module, "times_us", lambda _eqn, _timer: [])
+    monkeypatch.setattr(lower_module, "times_us", lambda _eqn, _timer, **_: [])
 
 
 def two_layers():
