@@ -125,6 +125,7 @@ bench: setup kernels  ## every benchmark; each prints the command that repeats i
 	$(RUN)/python benchmarks/qat.py --no-pages
 	$(RUN)/python benchmarks/pruning.py --no-pages
 	$(RUN)/python benchmarks/distillation.py --no-pages
+	$(RUN)/python benchmarks/federated.py --no-pages
 
 clean:
 	rm -rf .venv build dist

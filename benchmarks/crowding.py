@@ -41,7 +41,7 @@ INTRODUCTION = (
     "## Many models\n\n"
     "Under a budget of memory: requests of one row, by four clients that each wait for the answer before the "
     "next, to models drawn by Zipf's law (exponent 1.1). All models are hard links to ten artifacts, so that the "
-    "disk is not measured. Resident memory is what the process takes (PSS) beyond what it took with one tiny "
+    "disk is not measured. Resident memory is what the process takes (RSS) beyond what it took with one tiny "
     "model, at its most. The best offline policy (Belady's) knows the requests to come and holds as many models "
     "as the budget has room for. The hot models are the five that are asked most.\n\n"
     "Throughput: the same requests to one model and to several in turn, each connection with one request at a "
@@ -164,12 +164,13 @@ def budgeted(folder: pathlib.Path, models: int, columns: int, budget: int, reque
             timeout=10,
         ):
             time.sleep(1.0)
-        empty, most, done = server.memory(), 0, threading.Event()
+        # Not its share of shared pages (PSS): asking for that walks all pages, and mapping memory waits meanwhile.
+        empty, most, done = server.resident(), 0, threading.Event()
 
         def watch() -> None:
             nonlocal most
             while not done.wait(0.1):
-                most = max(most, server.memory())
+                most = max(most, server.resident())
 
         watching = threading.Thread(target=watch)
         watching.start()

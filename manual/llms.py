@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from manual import navigation
 
 # Pages that repeat others or are for contributors.
-_LEFT_OUT = ("source/", "benchmarks/", "design.md")
+_LEFT_OUT = ("source/C", "benchmarks/", "design.md")
 
 
 def files(pages: Mapping[str, str], config: MkDocsConfig) -> dict[str, str]:

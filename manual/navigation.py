@@ -27,7 +27,7 @@ def _expanded(nav: Any, files: Files, named: set[str]) -> Any:
         return nav
     found: list[Any] = []
     for entry in nav:
-        if isinstance(entry, str) and entry.endswith("/*"):
+        if isinstance(entry, str) and (entry == "*" or entry.endswith("/*")):
             found += _pages(entry.removesuffix("*"), files, named)
         else:
             found.append(_expanded(entry, files, named))
@@ -38,7 +38,7 @@ def _pages(folder: str, files: Files, named: set[str]) -> list[str]:
     pages = [
         file
         for file in files.documentation_pages()
-        if file.src_uri.rpartition("/")[0] + "/" == folder and file.src_uri not in named
+        if file.src_uri.removesuffix(file.src_uri.rpartition("/")[2]) == folder and file.src_uri not in named
     ]
     return [file.src_uri for file in sorted(pages, key=lambda file: title(file.content_string).casefold())]
 

@@ -5,6 +5,7 @@ A link is written as GitHub reads it, relative to the file it is in.
 
 from __future__ import annotations
 
+import json
 import pathlib
 import posixpath
 import re
@@ -12,13 +13,14 @@ import re
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".sh": "bash", ".json": "json"}
+NOTEBOOKS = "examples/notebooks"
 ALWAYS = ("CONTRIBUTING.md", "CHANGELOG.md")
 
 
 def pages(root: pathlib.Path) -> dict[str, str]:
     """A page for each file outside of `docs/` that a page links to, directly or not: uri -> text."""
     found: dict[str, str] = {}
-    waiting = list(ALWAYS)
+    waiting = [*ALWAYS, *(path.relative_to(root).as_posix() for path in (root / NOTEBOOKS).glob("*.ipynb"))]
     for page in sorted((root / "docs").rglob("*.md")):
         waiting += _outside(page.read_text(encoding="utf-8"), page.relative_to(root).as_posix(), root)
     while waiting:
@@ -87,4 +89,16 @@ def _text(file: pathlib.Path, path: str) -> str:
     text = file.read_text(encoding="utf-8")
     if path.endswith(".md"):
         return text
+    if path.endswith(".ipynb"):
+        return _notebook(text, path)
     return f"# {path}\n\n````{_LANGUAGES.get(file.suffix, 'text')}\n{text}\n````\n"
+
+
+def _notebook(text: str, path: str) -> str:
+    """A notebook's cells, from top to bottom."""
+    parts: list[str] = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    parts.insert(1, f"The notebook is `{path}`; a test runs it.")
+    return "\n\n".join(parts) + "\n"

@@ -349,3 +349,11 @@ def test_a_decoder_is_timed_in_each_format_alone_and_with_others(tmp_path: pathl
         assert all(found["served_tokens_per_s"][f"{recipe} {slots}"] > 0 for slots in (1, 8))
         assert found["start"][recipe]["first_token"] > 0
     assert found["weights_bytes"]["int8-weight-only"] < found["weights_bytes"]["float32"]
+
+
+def test_federated_training_is_compared_by_format(tmp_path: pathlib.Path) -> None:
+    found = figures("federated.py", tmp_path, "--sections", "digits")["digits"]["found"]
+    size = {row["updates"]: row["bytes"] for row in found["rows"] if row["clients"] == 10 and not row["by_label"]}
+    assert size["float32"] / size["int8"] > 3.9
+    assert size["float32"] / size["int4"] > 7.7
+    assert size["float32"] / size["top-k"] > 8

@@ -1,13 +1,13 @@
 // What Python sees: the kernels as XLA's FFI handlers, and which instruction set they use.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 
 #include "integer_product.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "weight_only.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -23,6 +23,7 @@ struct Variant {
   IntegerRangePart* round_rows;
   IntegerPart* integer_product;
   IntegerPanel* integer_panel;  // null where `integer_product` is fastest for many rows too
+  double integer_products;      // fewer of them than this are not worth waking another thread for: some 40 microseconds
 };
 
 // From the fastest to the one that runs everywhere.
@@ -35,13 +36,13 @@ const Variant kVariants[] = {
               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      },
      avx512::weight_only_8, avx512::weight_only_4, avx512::round_rows, avx512::integer_product,
-     avx512::integer_panel},
+     avx512::integer_panel, 1 << 24},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
      avx2::weight_only_4, avx2::round_rows, avx2::integer_product,
-     avx2::integer_panel},
+     avx2::integer_panel, 1 << 22},
 #endif
     {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4, portable::round_rows,
-     portable::integer_product, nullptr},
+     portable::integer_product, nullptr, 1 << 19},
 };
 
 const Variant* fastest() {
@@ -70,18 +71,14 @@ bool read_epilogue(Epilogue& e, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi:
          (e.residual == nullptr || (added[0] == m && added[1] == n));
 }
 
-// Memory of a thread that its calls share; null if there is none.
-void* thread_scratch(int64_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory;
-  static thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    size = memory == nullptr ? 0 : bytes;
-  }
-  return memory.get();
+// A part of a product, by packed panels if there is memory for one.
+void multiply_part(const IntegerProduct& p, const Variant& variant, bool packs, int64_t row, int64_t row_end,
+                     int64_t column, int64_t column_end) {
+  auto* packed = packs ? static_cast<int8_t*>(thread_scratch(p.panel_bytes())) : nullptr;
+  if (packed != nullptr)
+    variant.integer_panel(p, row, row_end, column, column_end, packed);
+  else
+    variant.integer_product(p, row, row_end, column, column_end);
 }
 
 void panels(ffi::ThreadPool& pool, const IntegerProduct& p, const Variant& variant, int64_t threads) {
@@ -104,11 +101,7 @@ void panels(ffi::ThreadPool& pool, const IntegerProduct& p, const Variant& varia
   run_parts(pool, column_parts * row_parts, [&](int64_t part) {
     const int64_t column = part / row_parts * width, row = part % row_parts * rows;
     const int64_t column_end = std::min(column + width, p.n), row_end = std::min(row + rows, p.m);
-    auto* packed = static_cast<int8_t*>(thread_scratch(p.panel_bytes()));
-    if (packed != nullptr)
-      variant.integer_panel(p, row, row_end, column, column_end, packed);
-    else
-      variant.integer_product(p, row, row_end, column, column_end);
+    multiply_part(p, variant, true, row, row_end, column, column_end);
   });
 }
 
@@ -212,13 +205,14 @@ ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   p.row_scale = row_scale.get();
   const Variant& variant = *chosen.load();
   const double products = static_cast<double>(p.m) * p.k * p.n;
-  if (products < 4.0 * kWorthAThread) {
+  const bool packs = variant.integer_panel != nullptr && p.m >= kPanelRows && p.panel_bytes() <= kPanelBytes;
+  if (products < variant.integer_products) {
     variant.round_rows(p, 0, p.m);
-    variant.integer_product(p, 0, p.m, 0, p.n);
+    multiply_part(p, variant, packs, 0, p.m, 0, p.n);
     return ffi::Error::Success();
   }
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  if (variant.integer_panel != nullptr && p.m >= kPanelRows && p.panel_bytes() <= kPanelBytes) {
+  if (packs) {
     panels(pool, p, variant, threads);
   } else if (p.m >= 2 * threads * kFewRows) {
     // A part rounds its rows, which stay in the first-level cache while all columns pass by.

@@ -56,6 +56,26 @@ inline Floats as_floats(Ints values) {
 #endif
 }
 
+inline float largest_of(Floats values) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)values);
+#else
+  float found = values[0];
+  for (int lane = 1; lane < kLanes; ++lane) found = values[lane] > found ? values[lane] : found;
+  return found;
+#endif
+}
+
+inline float sum_of(Floats values) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)values);
+#else
+  float found = values[0];
+  for (int lane = 1; lane < kLanes; ++lane) found += values[lane];
+  return found;
+#endif
+}
+
 // The 16 values that codes of 4 bits stand for, in registers.
 struct Table {
 #if defined(__AVX512F__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.cli import _common
+from lepton_xla.errors import LeptonError
 
 if TYPE_CHECKING:
     from lepton_xla.federated import FederatedSpec, Federation, Result, RoundReport
@@ -142,6 +144,172 @@ def simulate(
 
         result = federated.simulate(spec, parts, settings, checkpoint=kept, report=report)
     finish(spec, result, given, output, overwrite=overwrite, as_json=as_json)
+
+
+@federate.command("server")
+@click.argument("target")
+@click.option("--clients", type=click.IntRange(1), default=2, show_default=True, help="Clients that a round waits for.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=9092, show_default=True, help="Port to listen on.")
+@click.option(
+    "--folder",
+    default="federation",
+    show_default=True,
+    metavar="FOLDER",
+    help="Checkpoints and logs; the same command goes on with what is here.",
+)
+@click.option("--wait-s", type=float, default=600, show_default=True, help="How long to wait for the clients.")
+@click.option("--round-s", type=float, default=600, show_default=True, help="How long a client may take for a round.")
+@click.option(
+    "--tls-cert", metavar="FILE", help="The server's certificate (PEM); without TLS only this machine connects."
+)
+@click.option("--tls-key", metavar="FILE", help="Its key (PEM).")
+@click.option("--tls-ca", metavar="FILE", help="Certificates of the authorities that signed it (PEM).")
+@settings_options
+@click.option(
+    "--secure", is_flag=True, help="The server learns only the sum of the updates (SecAgg+); with float32 updates."
+)
+@_common.buckets_option
+@click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@_common.json_option
+def server(
+    target: str,
+    *,
+    clients: int,
+    host: str,
+    port: int,
+    folder: str,
+    wait_s: float,
+    round_s: float,
+    tls_cert: str | None,
+    tls_key: str | None,
+    tls_ca: str | None,
+    secure: bool,
+    buckets: tuple[str, ...],
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **changes: Any,
+) -> None:
+    """Train the model of TARGET with clients over the network, by Flower (extra `federated`).
+
+    The settings of this FederatedSpec, and the options here, hold for all clients; its rows are not used. A client that
+    vanishes, sends what does not fit or is not finite, is left out of its round, and the line of the round says so. A
+    server that was killed goes on at its last round with the same command, and clients find it again.
+
+    Flower starts a Python process for each message, which takes seconds: let rounds be long (--epochs).
+
+    \b
+      leptonx federate server digits.py:federated --clients 3 --rounds 3 -o digits.lepton
+      leptonx federate server digits.py:federated --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --tls-ca ca.pem
+    """
+    given = _common.parse_buckets(buckets)
+    if output is not None:
+        _common.check_free(output, overwrite=overwrite)
+
+    from lepton_xla import federated
+    from lepton_xla.cli import _models
+    from lepton_xla.federated.coordination import Coordinator
+    from lepton_xla.federated.flower import processes
+    from lepton_xla.federated.flower.apps import checkpoints
+    from lepton_xla.train.checkpoints import CheckpointFolder
+
+    spec = _models.load_target(target, federated.FederatedSpec)
+    settings = changed_settings(spec, {**changes, "secure": secure or None})
+    coordinator = Coordinator(spec, settings)  # what does not fit fails before any process is started
+    tls = processes.tls_of_server(host, tls_cert, tls_key, tls_ca)
+    place = pathlib.Path(folder).absolute()
+    reports = place / "rounds.jsonl"
+    seen = len(_lines(reports))
+    with _common.progress() as step:
+        step(f"wait for {clients} clients")
+
+        def watch() -> None:
+            nonlocal seen
+            for line in _lines(reports)[seen:]:
+                done = federated.RoundReport.of(json.loads(line))
+                step("round", done.round, settings.rounds)
+                seen += 1
+                if not as_json:
+                    click.echo(round_line(done))
+
+        config = {
+            "target": _absolute(target), "settings": settings.to_json(), "folder": str(place), "clients": clients,
+            "wait_s": float(wait_s), "round_s": float(round_s),
+        }  # fmt: skip
+        authorities = None if tls_ca is None else str(pathlib.Path(tls_ca).absolute())
+        processes.run_server(place, config, host=host, port=port, tls=tls, authorities=authorities, watch=watch)
+    with CheckpointFolder(checkpoints(place), coordinator.identity()) as saved:
+        result = coordinator.run(lambda round_, vector: (), saved)  # all rounds are done: reads the last
+    finish(spec, result, given, output, overwrite=overwrite, as_json=as_json)
+
+
+@federate.command("client")
+@click.argument("target")
+@click.option("--server", required=True, metavar="HOST:PORT", help="Where `leptonx federate server` listens.")
+@click.option(
+    "--folder",
+    default="federation-client",
+    show_default=True,
+    metavar="FOLDER",
+    help="What this client keeps: its own weights, what its updates left out, the privacy that it spent. One a client.",
+)
+@click.option("--tls-ca", metavar="FILE", help="Certificates of the authorities to trust (PEM); turns TLS on.")
+@click.option("--part", metavar="K/N", help="Only the K-th of N parts of the rows, to try a federation with one file.")
+@click.option("--by-label", "concentration", type=click.FloatRange(0, min_open=True), help="Parts of other classes.")
+@click.option(
+    "--most-epsilon",
+    type=click.FloatRange(0, min_open=True),
+    help="Take part only with differential privacy of at most this budget.",
+)
+@click.option("--own-port", type=click.IntRange(0, 65535), default=0, help="Port of Flower's node, on this machine.")
+def client(
+    target: str,
+    *,
+    server: str,
+    folder: str,
+    tls_ca: str | None,
+    part: str | None,
+    concentration: float | None,
+    most_epsilon: float | None,
+    own_port: int,
+) -> None:
+    """Take part in a federation with the rows of TARGET, until this process is ended.
+
+    Only updates leave this machine, and with differential privacy they say no more of a row than the budget allows;
+    this client keeps count of it, whatever the server says. The app that Flower runs here is the one that the server
+    sends: two lines that call the installed lepton_xla. Connect only to servers that you trust to send no other.
+
+    \b
+      leptonx federate client digits.py:federated --server 127.0.0.1:9092 --folder one --part 1/3
+      leptonx federate client mine.py:federated --server fed.example:9092 --tls-ca ca.pem
+    """
+    from lepton_xla import federated
+    from lepton_xla.cli import _models
+    from lepton_xla.federated.flower import processes
+    from lepton_xla.federated.members import Member
+
+    Member(_models.load_target(target, federated.FederatedSpec), folder)  # what does not fit fails here
+    place = pathlib.Path(folder).absolute()
+    config: dict[str, str | float] = {"target": _absolute(target), "folder": str(place)}
+    config |= {} if part is None else {"part": part}
+    config |= {} if concentration is None else {"concentration": float(concentration)}
+    config |= {} if most_epsilon is None else {"most_epsilon": float(most_epsilon)}
+    authorities = None if tls_ca is None else str(pathlib.Path(tls_ca).absolute())
+    code = processes.run_client(place, server, authorities, config, own_port)
+    if code:
+        raise LeptonError(f"Flower's node ended with code {code}; see {place / 'supernode.log'}")
+
+
+def _absolute(target: str) -> str:
+    """A target that other processes find from anywhere."""
+    path, colon, name = target.rpartition(":")
+    return f"{pathlib.Path(path).absolute()}{colon}{name}" if path.endswith(".py") else target
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def changed_settings(spec: FederatedSpec, changes: dict[str, Any]) -> Federation:

@@ -302,15 +302,21 @@ def _print_served(served: Deployments, slo: str) -> None:
 
 
 def _compiled(spec: ModelSpec, found: Tuning, sizes: Mapping[str, Sequence[int]], name: str) -> Artifact:
-    """The artifact of the best, with the profile of the calibration data and a certificate."""
+    """The artifact of the best, with its recipe, the profile of the calibration data and a certificate."""
+    import msgspec
+
     from lepton_xla import compiler
     from lepton_xla.cli import _models
     from lepton_xla.compiler.weights import stored_bytes
+    from lepton_xla.recipe import Recipe
     from lepton_xla.trees import name_leaves
 
+    assert found.best is not None
     program = found.build()
     batches, examples = _models.calibration(spec, program)
-    made = compiler.compile(program, sizes, name=name, examples=examples).with_profile(batches or ())
+    # `leptonx learn` lowers what it has learned by the recipe that it finds in the artifact.
+    recipe = msgspec.to_builtins(Recipe.parse(found.best.recipe, name=found.best.name))
+    made = compiler.compile(program, sizes, name=name, examples=examples, recipe=recipe).with_profile(batches or ())
     weights_bytes = stored_bytes(name_leaves(program.weights))
     return made.with_certificate(found.certify(made.servable(), weights_bytes))
 

@@ -86,7 +86,7 @@ class Mean:
 
     Attributes:
         rows: rows of the clients that were taken.
-        taken: names of those clients.
+        clients: number of those clients.
 
     >>> mean = Mean(lx.federated.Federation(), 2)
     >>> mean.add("a", np.float32([1.0, 0.0]), 1)
@@ -101,22 +101,22 @@ class Mean:
     def __init__(self, settings: Federation, length: int) -> None:
         self._settings = settings
         self._sum = np.zeros(length)
-        self.rows = 0
-        self.taken: list[str] = []
+        self._names: set[str] = set()
+        self.rows = self.clients = 0
 
-    def add(self, client: str, vector: Any, rows: int) -> None:
-        """Take an update.
+    def add(self, client: str, vector: Any, rows: int, clients: int = 1) -> None:
+        """Take an update, or the mean of the updates of several clients.
 
         Raises:
             FederatedError: if the client has sent one, the vector has another length or is not finite, or the number of
                 rows is out of bounds. Nothing was taken then.
         """
-        if client in self.taken:
+        if client in self._names:
             raise FederatedError("it has sent an update of this round before")
         if (
             isinstance(rows, bool)
             or not isinstance(rows, int | np.integer)
-            or not 1 <= rows <= self._settings.most_rows
+            or not 1 <= rows <= self._settings.most_rows * clients
         ):
             raise FederatedError(f"it says it has {rows!r} rows; expected 1 to {self._settings.most_rows}")
         values = np.asarray(vector, np.float64)
@@ -126,11 +126,12 @@ class Mean:
             raise FederatedError("the update holds NaN or infinity")
         self._sum += int(rows) * clipped(values, self._settings.most_norm)
         self.rows += int(rows)
-        self.taken.append(client)
+        self.clients += clients
+        self._names.add(client)
 
     def result(self) -> np.ndarray | None:
         """The mean, float64; None if too few clients were taken."""
-        return self._sum / self.rows if len(self.taken) >= self._settings.least_clients else None
+        return self._sum / self.rows if self.clients >= self._settings.least_clients else None
 
 
 def clipped(vector: Any, most_norm: float | None) -> Any:

@@ -145,7 +145,7 @@ def _batch(data: Any, key: Any, index: Any, size: int) -> Any:
     start = index * size
     order = _order(jax.random.fold_in(key, 2 * (start // count) + 1), data)
     places = order[(start + jnp.arange(size, dtype=jnp.int32)) % count]
-    return {name: column[places] for name, column in data["rows"].items()}
+    return {name: jnp.asarray(column)[places] for name, column in data["rows"].items()}
 
 
 def _draws(key: Any, data: Any) -> jax.Array:
@@ -175,7 +175,7 @@ def _private_gradient(
     draws = _draws(jax.random.fold_in(key, 2 * index + 1), data)
     chosen = jnp.argsort(draws)[: private_capacity(draws.shape[0], privacy.share)]
     taken = draws[chosen] < privacy.share
-    batch = {name: column[chosen][:, None] for name, column in data["rows"].items()}
+    batch = {name: jnp.asarray(column)[chosen][:, None] for name, column in data["rows"].items()}
     step_key = jax.random.fold_in(key, 2 * index)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, chosen)
     each, _ = jax.vmap(gradient, (None, 0, 0, None, None))(weights, batch, keys, state, index)

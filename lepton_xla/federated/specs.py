@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import optax
@@ -75,6 +76,14 @@ class FederatedSpec:
         columns = {str(name): np.asarray(column) for name, column in found.items()}
         rows_of(columns)
         return columns
+
+    def replace(self, **changes: Any) -> FederatedSpec:
+        """A copy with other fields.
+
+        >>> FederatedSpec(None, {}).replace(label="class").label
+        'class'
+        """
+        return dataclasses.replace(self, **changes)
 
     def loss_of(self, model: Model) -> Loss:
         """The loss for a model that `trained` made.

@@ -43,8 +43,8 @@ def _check_decode(program: Program, length: int) -> None:
     generation = program.generation
     assert generation is not None
     random, slots = np.random.default_rng(0), generation.slots
-    cache = [_drawn(random, spec.at({})) for spec in generation.cache]
     place = generation.capacity // 2
+    cache = [_drawn(random, spec.at({}), place) for spec in generation.cache]
     prompt, lengths = jnp.zeros((1, length), jnp.int32), jnp.ones(1, jnp.int32)
     token, position = jnp.zeros(slots, jnp.int32), jnp.full(slots, place, jnp.int32)
 
@@ -64,7 +64,8 @@ def _check_decode(program: Program, length: int) -> None:
             )
 
 
-def _drawn(random: np.random.Generator, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _drawn(random: np.random.Generator, like: jax.ShapeDtypeStruct, place: int) -> jax.Array:
+    """Random floats; integers are taken for counters, such as those of Flax's modules, which write where they stand."""
     if jnp.issubdtype(like.dtype, jnp.floating):
         return jnp.asarray(random.standard_normal(like.shape), like.dtype)
-    return jnp.ones(like.shape, like.dtype)
+    return jnp.full(like.shape, place, like.dtype)

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+import lepton_xla as lx
+from lepton_xla.learning.lowering import lower
+from lepton_xla.modelspec import load_named
 from lepton_xla.recipe import Recipe
 
 QUICK = ("--trials", 1, "--buckets", "batch=1")
@@ -135,6 +138,11 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
     assert "certificate, signed by release" in said
     assert "promises accuracy of at least 0.9" in said
     assert "certificate: accuracy 1 ->" in " ".join(cli("inspect", artifact).stdout.split())
+    # What is learned later is lowered by the recipe that is stored in it.
+    spec = load_named(f"{classifier}:model", lx.ModelSpec)
+    update = lower(spec.program(), artifact, lx.load(artifact), spec.calibration, "2")
+    assert update.manifest.weights
+    assert any("int8" in str(each.dtype) for each in update.manifest.weights)
 
 
 @pytest.mark.parametrize(

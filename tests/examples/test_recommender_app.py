@@ -14,12 +14,13 @@ import pytest
 import lepton_xla as lx
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "apps"
-PARTS = ("run", "films", "network", "ranking", "reports")
+PARTS = ("run", "films", "network", "ranking", "reports", "training", "targets", "loop")
 
 
 @pytest.fixture
-def app(monkeypatch):
-    """The modules of the application, by name."""
+def app(monkeypatch, tmp_path):
+    """The modules of the application, by name; they write into a folder of the test."""
+    monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
     for folder in (FOLDER, FOLDER / "recommender"):
         monkeypatch.syspath_prepend(str(folder))
     with jax.numpy_rank_promotion("allow"):  # the example is written as users write
@@ -100,25 +101,76 @@ def test_films_without_a_part_are_served_and_the_best_come_first(app):
     assert all(not set(row) & set(session) for row, session in zip(found["films"], inputs["session"], strict=True))
 
 
-def test_windows_hold_what_follows_and_nobodys_last_film(app):
+def test_windows_hold_what_follows_and_nobodys_last_two_films(app):
     films = app["films"].made_up(users=30, films=80)
     windows = films.windows(length=8)
     for session, following in zip(windows["session"], windows["next"], strict=True):
         kept = session[session > 0]
         assert kept[1:].tolist() == following[following > 0][: len(kept) - 1].tolist()
-    pairs = {tuple(pair) for pair in zip(windows["session"].ravel(), windows["next"].ravel(), strict=True)}
-    last = {(int(session[-2]), int(session[-1])) for session in films.sessions}
-    known = {pair for session in films.sessions for pair in itertools.pairwise(session[:-1].tolist())}
-    assert not (last - known) & {(int(one), int(two)) for one, two in pairs}
+    pairs = set(zip(windows["session"].ravel().tolist(), windows["next"].ravel().tolist(), strict=True))
+    last = {tuple(pair) for session in films.sessions for pair in itertools.pairwise(session[-3:].tolist())}
+    known = {pair for session in films.sessions for pair in itertools.pairwise(session[:-2].tolist())}
+    assert len(known) > 100
+    assert known <= pairs
+    assert not (last - known) & pairs
+
+
+def test_the_films_to_choose_by_come_before_those_to_judge_on(app):
+    films = app["films"].made_up(users=10, films=60)
+    for place in (1, 2):
+        inputs, last, seen = films.tests(place=place)
+        for user, session in enumerate(films.sessions):
+            assert last[user] == session[-place]
+            assert not seen[user, last[user]]
+            assert inputs["session"][user, -1] == session[-place - 1]
+            assert sorted(np.flatnonzero(seen[user])[1:]) == sorted(session[:-place])
+
+
+def test_a_film_of_which_a_part_is_not_known_is_what_the_others_say(app, monkeypatch):
+    training = app["training"]
+    own = training.setting(1, made_up=True)
+    weights = {name: np.asarray(leaf) for name, leaf in app["network"].begin(own.films.count, own.features, 0).items()}
+    monkeypatch.setattr(training, "trained", lambda *_: dict(weights))
+    parts = {name: table @ weights[f"from_{name}"] for name, table in own.features.items()} | {"ids": weights["films"]}
+    assert own.parts == ["ids", "genres", "years"]
+    for part in own.parts:
+        expected = sum(each for name, each in parts.items() if name != part)
+        np.testing.assert_allclose(own.served(0, missing=part).weights["films"], expected, atol=1e-5)
+    assert own.without("ids").parts == ["genres", "years"]
+    assert own.without("years").parts == ["ids", "genres"]
+
+
+def test_a_festival_changes_what_is_watched_and_nobody_judges_what_was_sent(app):
+    films = app["films"].made_up(users=40, films=400)
+    plan, shown = app["run"].users(films), set(app["targets"].festival(films).tolist())
+    inputs, labels = plan.ask(3, False)
+    assert inputs["session"].shape == (8, 50)
+    assert plan.ask(3, False)[1] == labels
+    shifted, following = plan.ask(3, True)
+    assert set(following) <= shown
+    for row, label in zip(shifted["session"], following, strict=True):
+        assert len(shown & set(row.tolist())) > 10
+        assert label not in row
+    last = {(tuple(app["films"].padded(each[:-1], 50).tolist()), int(each[-1])) for each in films.sessions}
+    judging = [plan.ask(number, False) for number in plan.judges[:3]]
+    sent = [plan.ask(number, False) for number in range(3)]
+    for asked, inside in ((judging, True), (sent, False)):
+        rows = [
+            (tuple(row), label)
+            for given, right in asked
+            for row, label in zip(given["session"].tolist(), right, strict=True)
+        ]
+        assert all((row in last) is inside for row in rows)
+    assert plan.score({"films": np.array([[1, 2], [3, 4]])}, [2, 5]) == 0.5
 
 
 @pytest.mark.slow
-def test_it_runs_to_its_end_on_made_up_films(app, monkeypatch, tmp_path):
-    monkeypatch.setattr(app["reports"], "FOLDER", tmp_path)
-    monkeypatch.setattr(app["run"], "STEPS", {"int8 weights": "int8-weight-only"})
-    monkeypatch.setattr(app["reports"].write, "__defaults__", (tmp_path,))
+def test_it_runs_to_its_end_on_made_up_films(app, tmp_path):
     figures = app["run"].main(["--quick"])
     assert figures["pairwise"] > 0.65
-    assert figures["steps"]["int8 weights"]["bytes"] < 0.6 * figures["steps"]["float"]["bytes"]
+    assert figures["steps"]["tuned (served)"]["bytes"] < 0.6 * figures["steps"]["float"]["bytes"]
     assert json.loads((tmp_path / "summary.json").read_text())["recommender"]["data"] == "made up"
     assert lx.load(tmp_path / "recommender" / "films.lepton").name == "films"
+    assert figures["round"] in ("promoted", "refused")
+    page = (tmp_path / "recommender" / "report.html").read_text()
+    assert page.count("<svg") >= 2

@@ -194,8 +194,7 @@ def test_in_a_browser_a_question_is_answered_word_by_word(browser, page):
 
 @pytest.mark.slow
 def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch, request):
-    monkeypatch.setattr(app["reports"], "FOLDER", tmp_path)
-    monkeypatch.setattr(app["reports"].write, "__defaults__", (tmp_path,))
+    monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
     figures = app["run"].main(["--quick"])
     assert figures["accuracy"] >= 0.9
     assert figures["no_known_reply"] == 0

@@ -4,6 +4,8 @@
     <!-- setup                           a comment of Python that runs before the blocks that follow, and is not shown
     <!-- slow: it trains a model -->     anywhere on a page: `make test-all` runs the page
 
+In a block `http://127.0.0.1:8000` stands for `URL`, if a setup has started a server and set that.
+
 A block with a title is a file, written into the page's folder. All others of a page run from top to bottom in one
 namespace.
 """
@@ -14,6 +16,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [
+    ROOT / "README.md",
     *(
         page
         for page in sorted((ROOT / "docs").rglob("*.md"))

@@ -64,6 +64,7 @@ def run(text, page, folder):
             if block.title and not block.not_run:
                 (folder / block.title).write_text(block.code, encoding="utf-8")
             continue
+        code = code.replace("http://127.0.0.1:8000", names.get("URL", "http://127.0.0.1:8000"))
         exec(compile(code, str(page), "exec"), names)
 
 

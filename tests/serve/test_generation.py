@@ -46,6 +46,9 @@ class Steps:
         self.decoded.append(sum(map(bool, positions)))
         return np.stack([self.logits(token) for token in tokens])
 
+    def copy(self, sources):
+        """It keeps nothing."""
+
     def reset(self):
         pass
 
@@ -129,6 +132,22 @@ def test_generate_in_triton_s_form(served):
         ]
         == "cd"
     )
+
+
+def test_a_search_is_told_at_its_end_and_leaves_its_slots(served, letters):
+    request = {"text_input": "a", "max_tokens": 3, "beam_width": 2, "length_penalty": 2.0}
+    assert post(served, GENERATE, request)[1]["text_output"] == "bcd"
+    events = [json.loads(each) for each in stream(served, f"{GENERATE}_stream", request)]
+    assert [each["text_output"] for each in events] == ["b", "c", "d", ""]
+    assert letters.generator.load == (0, 0)
+    status, body = post(served, GENERATE, {"text_input": "a", "num_beams": 3})
+    assert (status, body["error"]) == (400, "num_beams is 3; the model has 2 slots, one for each beam")
+    made = post(
+        served,
+        "/v1/completions",
+        {"model": "letters", "prompt": "a", "max_tokens": 3, "num_beams": 2, "temperature": 0},
+    )
+    assert made[1]["choices"][0]["text"] == "bcd"
 
 
 def test_the_end_token_ends_it(served):

@@ -38,15 +38,15 @@ class Films:
         """Number of films."""
         return len(self.titles) - 1
 
-    def windows(self, length: int = LENGTH) -> dict[str, np.ndarray]:
-        """What to train on, without anyone's last film, int32 `[windows, length]`.
+    def windows(self, length: int = LENGTH, without: int = 2) -> dict[str, np.ndarray]:
+        """What to train on, without anyone's last films, int32 `[windows, length]`.
 
         Returns:
             `session`, the films; `next`, the one that follows each; and `year`, when that was seen.
         """
         seen, following, years = [], [], []
         for session, dates in zip(self.sessions, self.dates, strict=True):
-            known = session[:-1]
+            known = session[:-without]
             for stop in range(len(known) - 1, 0, -length):
                 start = max(0, stop - length)
                 seen.append(padded(known[start:stop], length))
@@ -54,16 +54,24 @@ class Films:
                 years.append(padded(dates[start + 1 : stop + 1], length))
         return {"session": np.stack(seen), "next": np.stack(following), "year": np.stack(years)}
 
-    def tests(self, length: int = LENGTH) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Leave-last-out: inputs of the model, the last films, and those seen before, bool `[users, films + 1]`."""
+    def tests(self, length: int = LENGTH, place: int = 1) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Leave-last-out.
+
+        Args:
+            length: of a session, the latest films.
+            place: which film is to be found: 1 is everybody's last, to judge on; 2 the one before, to choose by.
+
+        Returns:
+            Inputs of the model, the films to be found, and those seen before, bool `[users, films + 1]`.
+        """
         before = {
-            "session": np.stack([padded(session[:-1], length) for session in self.sessions]),
-            "year": np.array([dates[-1] for dates in self.dates], np.int32),
+            "session": np.stack([padded(session[:-place], length) for session in self.sessions]),
+            "year": np.array([dates[-place] for dates in self.dates], np.int32),
         }
-        last = np.array([session[-1] for session in self.sessions])
+        last = np.array([session[-place] for session in self.sessions])
         seen = np.zeros((len(self.sessions), self.count + 1), bool)
         for row, session in zip(seen, self.sessions, strict=True):
-            row[session[:-1]] = True
+            row[session[:-place]] = True
             row[0] = True
         return before, last, seen
 

@@ -11,21 +11,23 @@ import numpy as np
 
 import lepton_xla as lx
 
-WIDTH, NEGATIVES, DROPOUT, PARTS_LEFT_OUT = 64, 1024, 0.5, 0.2
-# Ages of films in years, from one that comes out next year or later.
-AGES = 60
+WIDTH, NEGATIVES, DROPOUT, PARTS_LEFT_OUT = 64, 256, 0.3, 0.2
+# Ages of films in years, from one that comes out next year or later; and the years in which films are seen.
+AGES, NOW = 60, (1990, 2040)
 type Weights = Mapping[str, Any]
 
 
-def begin(films: int, features: Mapping[str, np.ndarray], seed: int, width: int = WIDTH) -> dict[str, jax.Array]:
-    """Random weights: a vector and a bias for each film, a matrix for each kind of feature, and the GRU."""
+def begin(
+    films: int, features: Mapping[str, np.ndarray], seed: int, width: int = WIDTH, *, ids: bool = True
+) -> dict[str, jax.Array]:
+    """Random weights: a vector (with `ids`) and a bias for each film, a matrix for each feature, and the GRU."""
     random = np.random.default_rng(seed)
 
     def normal(*shape: int, scale: float) -> jax.Array:
         return jnp.asarray(random.standard_normal(shape) * scale, jnp.float32)
 
     return {
-        "films": normal(films + 1, width, scale=0.02),
+        **({"films": normal(films + 1, width, scale=0.02)} if ids else {}),
         "bias": jnp.zeros(films + 1),
         "age": jnp.zeros(AGES),
         **{f"from_{name}": normal(table.shape[1], width, scale=0.02) for name, table in features.items()},
@@ -39,7 +41,7 @@ def begin(films: int, features: Mapping[str, np.ndarray], seed: int, width: int 
 
 def joined(weights: Weights, features: Mapping[str, Any], keep: Mapping[str, Any] | None = None) -> jax.Array:
     """The vector of each film: its own, and what its features add. A film without one has zeros there."""
-    found = weights["films"]
+    found = weights["films"] if "films" in weights else jnp.zeros((len(weights["bias"]), len(weights["out"])))
     for name, table in features.items():
         part = table @ weights[f"from_{name}"]
         found = found + (part if keep is None else part * keep[name])
@@ -94,30 +96,38 @@ def served(weights: Weights, features: Mapping[str, np.ndarray], years: np.ndarr
     return lx.trace(scores, kept, INPUTS)
 
 
-def to_train(weights: Weights, years: np.ndarray) -> lx.Program:
-    """The model as `fit` takes it: the years of films are no weight there."""
-    return lx.trace(lambda w, session, year: scores({**w, "years": jnp.asarray(years)}, session, year), weights, INPUTS)
+def to_train(weights: Weights, features: Mapping[str, np.ndarray], years: np.ndarray) -> lx.Program:
+    """The model as `fit` takes it: features and the years of films are no weights there."""
+    tables, out = {name: jnp.asarray(each) for name, each in features.items()}, jnp.asarray(years, jnp.int32)
+
+    def all_scores(weights: Any, session: jax.Array, year: jax.Array) -> jax.Array:
+        return scores({**weights, "films": joined(weights, tables), "years": out}, session, year)
+
+    return lx.trace(all_scores, weights, INPUTS)
 
 
-def with_top(program: lx.Program, count: int) -> lx.Program:
-    """The program that gives the best films and their scores, not those of all."""
+def with_top(program: lx.Program, count: int, *, whole: bool = False) -> lx.Program:
+    """The program that gives the best films and their scores; or, `whole`, the scores of all films."""
 
     def top(fn: Callable[..., Any]) -> Callable[..., Any]:
         def best(weights: Any, session: jax.Array, year: jax.Array) -> dict[str, jax.Array]:
-            values, places = jax.lax.top_k(fn(weights, session, year), count)
-            return {"films": places, "scores": values}
+            every = fn(weights, session, year)
+            values, places = jax.lax.top_k(every, count)
+            return {"films": places, "scores": every if whole else values}
 
         return best
 
     expansion = program.expansion
     if expansion is not None:
         expansion = type(expansion)(expansion.expand, top(expansion.fn))
-    outputs = {"films": lx.TensorSpec(("batch", count), "int32"), "scores": lx.TensorSpec(("batch", count), "float32")}
+    (every,) = program.outputs.values()
+    some = lx.TensorSpec(("batch", count), "float32")
+    outputs = {"films": lx.TensorSpec(("batch", count), "int32"), "scores": every if whole else some}
     return program.replace(fn=top(program.fn), expansion=expansion, outputs=outputs)
 
 
 def sampled_softmax(features: Mapping[str, np.ndarray], years: np.ndarray) -> Callable[..., Any]:
-    """The loss: the cross-entropy of the film that follows among 1,024 uniformly drawn ones.
+    """The loss: the cross-entropy of the film that follows among 256 uniformly drawn ones.
 
     Features of a batch are left out at random, so that films without one are known too.
     """
@@ -137,7 +147,10 @@ def sampled_softmax(features: Mapping[str, np.ndarray], years: np.ndarray) -> Ca
         others = jax.random.randint(draws, (NEGATIVES,), 1, films + 1)
         right = (found * vectors[following]).sum(-1) + weights["bias"][following]
         right = right + by_age(weights, out[following][..., None], batch["year"])[..., 0]
-        wrong = found @ vectors[others].T + weights["bias"][others] + by_age(weights, out[others], batch["year"])
+        # The ages of all others in each year, and of these the row of the year: a gather of every pair is slow.
+        nows = jnp.arange(*NOW)
+        aged = jax.nn.one_hot(batch["year"] - NOW[0], len(nows)) @ by_age(weights, out[others], nows)
+        wrong = found @ vectors[others].T + weights["bias"][others] + aged
         wrong = jnp.where(others == following[..., None], -1e9, wrong)
         total = jax.nn.logsumexp(jnp.concatenate([right[..., None], wrong], -1), -1)
         there = (following > 0).astype(jnp.float32)

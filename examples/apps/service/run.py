@@ -36,7 +36,7 @@ from lepton_xla.serve import Options, Server
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import reports
 
-STEPS, SMALL_STEPS, LENGTHS = 1200, 1500, (16, 32, 128)
+STEPS, SMALL_STEPS, LENGTHS, QUICK_LENGTHS = 1200, 1500, (16, 32, 128), (16,)
 QUESTIONS_PER_S, CLIENTS = 10.0, 16
 AIMS = {"accuracy": (">=", 0.85), "p99_ms": ("<=", 500.0)}
 
@@ -102,17 +102,19 @@ def load_test(servable: lx.Servable, texts: Sequence[str], seconds: float, most:
     }
 
 
-def once(task: questions.Task, seed: int, steps: int | None, seconds: float, folder: pathlib.Path) -> dict[str, Any]:
-    """Train, round, compile, judge, serve."""
+def once(
+    task: questions.Task, seed: int, steps: int | None, seconds: float, lengths: Sequence[int], folder: pathlib.Path
+) -> dict[str, Any]:
+    """Train, round, compile for questions of so many tokens, judge, serve."""
     encoder = words.minilm() if task.source == "BANKING77" else None
     made = words.make(task.kinds, task.replies, task.train[0], encoder)
     began = time.perf_counter()
     program, threshold = training.trained(made, task, encoder, seed, steps or (STEPS if encoder else SMALL_STEPS))
     found: dict[str, Any] = {"training_s": time.perf_counter() - began, "threshold": threshold}
-    small = lx.optimize(program, lx.Recipe.load("int8"), buckets={"length": LENGTHS})
+    small = lx.optimize(program, lx.Recipe.load("int8"), buckets={"length": lengths})
     for name, each in {"float": program, "service": small}.items():
         path, suffix = folder / f"{name}.lepton", "_float" if name == "float" else ""
-        manifest = lx.compile(each, {"length": LENGTHS}, name="service").save(path, overwrite=True)
+        manifest = lx.compile(each, {"length": lengths}, name="service").save(path, overwrite=True)
         servable = lx.load(path)
         figures = {**judged(servable, made, task), "weights_bytes": sum(manifest.disk_bytes())}
         if name == "service":
@@ -130,12 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=30.0, help="of load")
     parser.add_argument("--quick", action="store_true", help="a few made-up questions, a small encoder, few steps")
     given = parser.parse_args(arguments)
-    folder = reports.FOLDER / "service"
+    folder = reports.folder() / "service"
     folder.mkdir(parents=True, exist_ok=True)
     task = questions.made_up(6) if given.quick else questions.load()
-    steps, seconds = (given.steps or 150, min(given.seconds, 2.0)) if given.quick else (given.steps, given.seconds)
+    steps, seconds, lengths = given.steps, given.seconds, LENGTHS
+    if given.quick:
+        steps, seconds, lengths = steps or 150, min(seconds, 2.0), QUICK_LENGTHS
     began = time.perf_counter()
-    runs = [once(task, seed, steps, seconds, folder) for seed in range(given.seeds)]
+    runs = [once(task, seed, steps, seconds, lengths, folder) for seed in range(given.seeds)]
     figures: dict[str, Any] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     figures |= {
         "questions": task.source, "strangers": task.strangers_from, "seeds": given.seeds,

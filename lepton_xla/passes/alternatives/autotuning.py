@@ -1,8 +1,9 @@
 """Replaces operations that XLA is slow at by alternatives that measure faster.
 
-Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, and `single_row` for
-products of a single row. Each is timed against XLA's own operation at the sizes to be compiled. Then the whole program
-is timed with all winners, because an operation costs more or less among its neighbours than alone.
+Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, `attending` for
+attention by a kernel, and `single_row` for products of a single row. Each is timed against XLA's own operation at the
+sizes to be compiled. Then the whole program is timed with all winners, because an operation costs more or less among
+its neighbours than alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
-from lepton_xla.passes.alternatives import convolving, fusing, shifted, single_row
+from lepton_xla.kernels import attention
+from lepton_xla.passes.alternatives import attending, convolving, fusing, shifted, single_row
 from lepton_xla.passes.core.layouts import Step
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import Site, trace_sites
@@ -115,6 +117,8 @@ class Choices:
 
         rules = dict.fromkeys(_PRIMITIVES, rule) | {"transpose": _follow_transpose}
         tuned = rewrite(fn, rules, inline=True, on_unknown="keep") if self.any else fn
+        if any(way == KERNEL for kind, way in self.way.items() if kind[0] == attention.PRIMITIVE.name):
+            tuned = attending.attend(tuned, lambda pattern: self.way.get(pattern.kind, XLA) == KERNEL)
         return fusing.fuse(tuned) if KERNEL in self.way.values() else tuned
 
     def of(self, eqn: Any, *, transposed: bool = False) -> Callable[..., jax.Array] | None:
@@ -138,7 +142,7 @@ def autotune(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Compute convolutions, and some products of one row, in the fastest measured way.
+    """Compute convolutions, attention, and some products of one row, in the fastest measured way.
 
     Args:
         program: any program.
@@ -212,6 +216,11 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
                 timings.setdefault(_kind(site.eqn, transposed=transposed), []).append(
                     Timing(site.name, dict(at), times)
                 )
+        if timer.target.has_kernels and not spread:
+            for name, pattern in _attention(fn, weights, program.abstract_inputs(at)).items():
+                say(f"ways to compute {name}")
+                times = timer.once(_Attention.of(pattern), functools.partial(_time_attention, pattern, timer))
+                timings.setdefault(pattern.kind, []).append(Timing(name, dict(at), times))
         if not timings:
             break
     return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
@@ -300,6 +309,41 @@ def _runs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> boo
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """The properties of attention that determine its time."""
+
+    shapes: tuple[tuple[Any, ...], ...]
+    masks: bool
+
+    @classmethod
+    def of(cls, pattern: attending.Pattern) -> _Attention:
+        return cls(tuple(each.shape for each in pattern.shapes), pattern.masked is not None)
+
+
+def _attention(fn: Callable[..., Any], weights: Any, inputs: Sequence[Any]) -> dict[str, attending.Pattern]:
+    """The attention of a program, by name."""
+    closed = jax.make_jaxpr(attending.flat(fn))(weights, *inputs)
+    found: dict[str, attending.Pattern] = {}
+    for number, pattern in enumerate(attending.find(closed)):
+        scope = _compat.scope(pattern.members[0])
+        found[f"{scope and scope + '/'}attention#{number}"] = pattern
+    return found
+
+
+def _time_attention(pattern: attending.Pattern, timer: Timer) -> dict[str, float]:
+    params = {"scale": pattern.scale, "masks": pattern.masked is not None}
+
+    def by_xla(_weights: Any, *operands: Any) -> jax.Array:
+        return attention.by_xla(*operands, **params)
+
+    def by_kernel(_weights: Any, *operands: Any) -> jax.Array:
+        return attention.PRIMITIVE.bind(*operands, **params)
+
+    functions = [(by_xla, ()), (by_kernel, ())]
+    return dict(zip((XLA, KERNEL), time_programs(functions, pattern.shapes, timer, OPERATION_BUDGET_S), strict=True))
 
 
 def _is_transposed(site: Site) -> bool:

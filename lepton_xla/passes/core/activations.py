@@ -109,7 +109,7 @@ def _read(eqn: Any) -> list[Any]:
 def _evaluate(graph: Graph, eqn: Any, values: Mapping[Any, Any]) -> np.ndarray | None:
     """The value of an equation at the points; None if it does not depend on the product alone, or not elementwise."""
     operands: list[Any] = [
-        _constant(graph, atom) if isinstance(atom, _compat.LITERAL) or atom not in values else values[atom]
+        constant_of(graph, atom) if isinstance(atom, _compat.LITERAL) or atom not in values else values[atom]
         for atom in eqn.invars
     ]
     if any(operand is None for operand in operands):
@@ -145,13 +145,13 @@ def _evaluate_body(eqn: Any, operands: Sequence[Any]) -> np.ndarray | None:
     return None if isinstance(out, _compat.LITERAL) else values.get(out)
 
 
-def _constant(graph: Graph, atom: Any) -> float | None:
+def constant_of(graph: Graph, atom: Any) -> float | None:
     """The value of a number, also of one that is broadcast; None if it is none."""
     if isinstance(atom, _compat.LITERAL):
         return float(atom.val) if np.ndim(atom.val) == 0 else None
     maker = graph.makers.get(atom)
     if maker is not None and maker.primitive.name in ("broadcast_in_dim", "convert_element_type"):
-        return _constant(graph, maker.invars[0])
+        return constant_of(graph, maker.invars[0])
     return None
 
 
@@ -170,7 +170,7 @@ def _ancestors(graph: Graph, start: Any, out: Any) -> list[Any]:
 
     def visit(var: Any) -> None:
         eqn = graph.made_by(var)
-        if var is start or eqn is None or eqn in found or _constant(graph, var) is not None:
+        if var is start or eqn is None or eqn in found or constant_of(graph, var) is not None:
             return
         for atom in eqn.invars:
             if not isinstance(atom, _compat.LITERAL):

@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import ctypes
-import gc
 import logging
 import math
 import re
@@ -29,6 +27,7 @@ from lepton_xla.errors import LeptonError, RepositoryError
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.manager import Entry, Manager
 from lepton_xla.serve.models.placement import Evict, Held, Move, Put, Wait, next_step
+from lepton_xla.serve.models.trimming import Trimmer
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -104,6 +103,7 @@ class Memory:
         self._leaving: dict[int, tuple[int, tuple[int, ...]]] = {}  # bytes, and the devices that have them
         self._left = asyncio.Event()  # something is gone
         self._turn = asyncio.Lock()  # models are loaded one at a time, so room is made for one
+        self._trimmer = Trimmer()
         self._tidying: asyncio.Task[None] | None = None
         self.loads = self.evictions = self.moves = 0
 
@@ -148,7 +148,7 @@ class Memory:
         until = monotonic() + self._wait_s
         while self._leaving and monotonic() < until:
             await asyncio.sleep(_LOOK_S)
-        await asyncio.to_thread(trim)
+        await self._trimmer.trim()
 
     def knows(self, name: str) -> bool:
         """Whether the repository has a model of that name which is not loaded."""
@@ -253,7 +253,7 @@ class Memory:
                 if not await self._take(step):
                     stuck.add(step.name)
         if freed:
-            await asyncio.to_thread(trim)
+            await self._trimmer.trim()
         return step.devices
 
     async def _settle(self, name: str) -> None:
@@ -298,7 +298,7 @@ class Memory:
             await asyncio.sleep(1.0)
             async with self._turn:
                 if not self._leaving and await self._fit():
-                    await asyncio.to_thread(trim)
+                    await self._trimmer.trim()
 
     def _note_leaving(self, name: str) -> None:
         loop = asyncio.get_running_loop()
@@ -381,11 +381,3 @@ def _expected(paths: Iterable[Path], devices: int) -> tuple[int, int]:
             pieces = math.prod(axes.get(name, 1) for names in leaf.spec for name in names)
             total += math.prod(leaf.shape) * (8 if bits is None else int(bits[0])) // 8 // pieces
     return total, span
-
-
-def trim() -> None:
-    """Gives back to the system what JAX and the allocator keep of memory that was freed."""
-    gc.collect(0)  # JAX lets go of arrays of the host at the next collection, however small
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is not None:  # the GNU library
-        give_back(0)

@@ -29,8 +29,8 @@ from lepton_xla.serve.models.changes import Change
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Entry
-from lepton_xla.serve.models.memory import trim
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.models.trimming import Trimmer
 from lepton_xla.serve.monitor.feedback import divide
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.processes import control
@@ -83,6 +83,7 @@ class Worker:
         self._options = settings.options
         self.explicit = settings.options.explicit or settings.options.memory is not None
         self._bring: OnDemand | None = None
+        self._trimmer = Trimmer()
         if settings.options.memory is not None:
             self._bring = OnDemand(models, lambda name: self._ask("bring", name=name), settings.options.load_wait_s)
         self._repository = settings.repository
@@ -201,7 +202,7 @@ class Worker:
     async def _free(self, number: int, ended: Awaitable[object]) -> None:
         await ended
         if self._bring is not None:
-            await asyncio.to_thread(trim)
+            await self._trimmer.trim()
         self._control.send(control.Freed(number))
 
     async def index(self) -> list[Entry]:

@@ -20,7 +20,9 @@ from lepton_xla.serve import Client, Options, Server
 from lepton_xla.serve import server as server_module
 from lepton_xla.serve.batching.device import Device
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.models.memory import Memory, trim
+from lepton_xla.serve.models import trimming
+from lepton_xla.serve.models.memory import Memory
+from lepton_xla.serve.models.trimming import Trimmer, trim
 
 
 class Handle:
@@ -376,6 +378,32 @@ def test_without_a_budget_models_are_spread_over_the_devices(repository):
         found = sorted(handle.devices for handle in server.models)
         assert found in ([(0,), (0,), (1,), (1,), (1,)], [(0,), (0,), (0,), (1,), (1,)])
         assert len({id(handle.scheduler.device) for handle in server.models}) == 2
+
+
+def test_the_allocator_is_held_up_once_for_many_models_that_go(monkeypatch):
+    trims = []
+    monkeypatch.setattr(trimming, "trim", lambda: trims.append(threading.current_thread()))
+
+    async def go(times):
+        trimmer = Trimmer()
+        for _ in range(times):
+            await trimmer.trim()
+        return trimmer
+
+    async def main():
+        monkeypatch.setattr(trimming, "_EVERY_S", 3600.0)
+        trimmer = await go(20)
+        assert (len(trims), trimmer._later.done()) == (1, False)
+        trimmer._later.cancel()
+        monkeypatch.setattr(trimming, "_EVERY_S", 0.05)
+        trims.clear()
+        trimmer = await go(2)  # what was left out comes later
+        while trimmer._later is not None and not trimmer._later.done():
+            await asyncio.sleep(0.01)
+        assert len(trims) == 2
+
+    asyncio.run(main())
+    assert threading.current_thread() not in trims
 
 
 def test_what_is_freed_goes_back_to_the_system():

@@ -1,0 +1,246 @@
+"""The steps after training that all applications share, each by the command that users type.
+
+`leptonx tune` makes the trained model small, `leptonx serve` serves it. Then come requests as the model knows them, and
+requests that have changed, with the right answers as feedback: the alert must fire at the latter and not before, and
+`leptonx learn` must bring back what the change costs. At the end `leptonx load` asks 100 times a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import reports
+
+from lepton_xla.serve.client import Client
+
+ROWS, PACE_S = 8, 0.02  # of a request, and between two
+STAGES = {"stages": [{"shadow": 0.5, "answers": 30}, {"share": 0.5, "answers": 60}], "rollback": ["errors > 1%"]}
+
+type Rows = tuple[dict[str, Any], Sequence[int]]
+"""Inputs of a request by name, and the right class of each of its rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an application's users do.
+
+    Attributes:
+        ask: `ask(number, shifted)`: the request of a number, before or after the shift.
+        score: `score(answer, labels)`: how good an answer is, 0 to 1.
+        shift: what the shift is, for people.
+        judges: numbers of requests that nobody sends, by which the model is judged before and after.
+        rule: when to alert.
+        calm: requests before the shift.
+        learned: requests after the shift that are learned from.
+        patience: requests after the shift within which the alert must fire.
+    """
+
+    ask: Callable[[int, bool], Rows]
+    score: Callable[[Mapping[str, np.ndarray], Sequence[int]], float]
+    shift: str
+    judges: Sequence[int]
+    rule: str = "drift > 0.5 over 500"
+    calm: int = 150
+    learned: int = 250
+    patience: int = 250
+
+
+def leptonx(*arguments: object) -> dict[str, Any]:
+    """What a command says, as JSON."""
+    command = [sys.executable, "-m", "lepton_xla", *map(str, arguments), "--json"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    if ended.returncode != 0:
+        sys.exit(f"leptonx {' '.join(map(str, arguments))}: {ended.stderr[-2000:]}")
+    return json.loads(ended.stdout)
+
+
+def tuned(target: str, folder: pathlib.Path, name: str, *limits: object) -> dict[str, Any]:
+    """Find the smallest recipe within limits, and compile it to `NAME.lepton`; what the command says."""
+    return leptonx(
+        "tune", target, "--objective", "bytes", *limits, "--artifact", folder / f"{name}.lepton", "--overwrite",
+        "--report", folder / "tune.html", "--journal", folder / "tuning.jsonl",
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def served(artifact: pathlib.Path, folder: pathlib.Path, rule: str) -> Generator[str]:
+    """A server of the artifact in a repository of its own, which keeps samples in `FOLDER/samples`; its URL."""
+    for each in ("models", "samples", "learning"):
+        shutil.rmtree(folder / each, ignore_errors=True)
+    (folder / "models").mkdir(parents=True)
+    leptonx("repo", "push", folder / "models", artifact, "--name", artifact.stem)
+    (folder / "alerts.toml").write_text(f'[[rule]]\nname = "drifted"\nwhen = "{rule}"\n')
+    command = [
+        sys.executable, "-m", "lepton_xla", "serve", folder / "models", "--port", 0, "--samples", folder / "samples",
+        "--alerts", folder / "alerts.toml", "--repository-poll-s", 0.2, "--json",
+    ]  # fmt: skip
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=log, text=True)
+        assert server.stdout is not None
+        try:
+            url = next((e["url"] for e in map(json.loads, server.stdout) if e.get("event") == "listening"), None)
+            if url is None:
+                sys.exit(f"the server stopped before it took requests: {(folder / 'server.log').read_text()[-2000:]}")
+            # Nobody reads what else it prints; a full pipe would stop it.
+            rest = threading.Thread(target=server.stdout.read)
+            rest.start()
+            yield url
+            server.send_signal(signal.SIGTERM)
+            rest.join()
+        finally:
+            server.terminate()
+            server.wait(60)
+            server.stdout.close()
+
+
+def loaded(url: str, name: str, source: str, seconds: float) -> dict[str, float]:
+    """Latency of 100 requests/s of one row, ms."""
+    found = leptonx("load", url, "--model", name, "--rate", 100, "--seconds", seconds, "--input", source)
+    (run,) = found["runs"]
+    return {"p50_ms": 1e3 * run["latency_s"]["p50"], "p99_ms": 1e3 * run["latency_s"]["p99"]}
+
+
+class _Users:
+    """Sends requests with their feedback."""
+
+    def __init__(self, url: str, client: Client, name: str, plan: Plan) -> None:
+        self._url, self._client, self._name, self._plan = url, client, name, plan
+        self.sent = 0
+        self.curve: list[tuple[float, float]] = []  # requests, and the greatest drift
+
+    def send(self, shifted: bool) -> None:
+        """The next request, and what its answer should have been."""
+        inputs, labels = self._plan.ask(self.sent, shifted)
+        self._client.infer(self._name, inputs, request_id=f"{self.sent}")
+        self._client.feedback(self._name, {f"{self.sent}": [int(each) for each in labels]})
+        self.sent += 1
+
+    def firing(self) -> bool:
+        """Whether the alert fires; notes the drift."""
+        known = self._client.monitor(self._name)["drift"]
+        self.curve.append((ROWS * self.sent, max((each["psi"] for each in known), default=0.0)))
+        with urllib.request.urlopen(f"{self._url}/v2/alerts", timeout=30) as answer:
+            alerts = json.load(answer)["alerts"]
+        return any(each["rule"] == "drifted" and each["state"] == "firing" for each in alerts)
+
+    def judged(self, shifted: bool) -> float:
+        """The mean score of the requests that nobody sends."""
+        scores: list[float] = []
+        for number in self._plan.judges:
+            inputs, labels = self._plan.ask(number, shifted)
+            scores.append(self._plan.score(self._client.infer(self._name, inputs), labels))
+        return float(np.mean(scores))
+
+    @contextlib.contextmanager
+    def sending(self) -> Generator[None]:
+        """Shifted requests all the time, from a thread."""
+        stop = threading.Event()
+
+        def run() -> None:
+            while not stop.wait(PACE_S):
+                self.send(True)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan, steps: int, source: str,
+          seconds: float, *options: object) -> dict[str, Any]:  # fmt: skip
+    """Serve, load, shift, learn and promote.
+
+    Args:
+        artifact: what is served; its file name is the model's.
+        target: the `TrainSpec` of `leptonx learn`, as FILE.py:NAME.
+        folder: for all files.
+        plan: what users do.
+        steps: of learning.
+        source: input of `leptonx load`.
+        seconds: of load.
+        options: more of `leptonx learn`.
+    """
+    name = artifact.stem
+    (folder / "rollout.json").write_text(json.dumps(STAGES))
+    with served(artifact, folder, plan.rule) as url, Client(url) as client:
+        users = _Users(url, client, name, plan)
+        clean = users.judged(False)
+        false_alarm = _watched(users, plan.calm, False)
+        shift_at = users.sent
+        fired = _watched(users, plan.patience, True)
+        alert_rows = ROWS * (users.sent - shift_at)
+        print(f"  alert: {'FALSE ALARM, ' if false_alarm else ''}"
+              f"{f'after {alert_rows} shifted rows' if fired else 'NONE'}", flush=True)  # fmt: skip
+        while users.sent - shift_at < plan.learned:
+            users.send(True)
+        before = clean, users.judged(True)
+        with users.sending():
+            learned = leptonx(
+                "learn", target, "--samples", folder / "samples", "--base", artifact, "--server", url, "--folder",
+                folder / "learning", "--steps", steps, "--rollout", folder / "rollout.json", *options,
+            )  # fmt: skip
+        after = users.judged(False), users.judged(True)
+        # At the end: the same request again and again is a drift.
+        found: dict[str, Any] = loaded(url, name, source, seconds)
+        print(f"  p99 at 100 requests/s: {found['p99_ms']:.1f} ms", flush=True)
+    lost = before[0] - before[1]
+    found |= {
+        "false_alarm": false_alarm, "alert": fired, "alert_rows": alert_rows if fired else None,
+        "clean_before": before[0], "shifted_before": before[1], "clean_after": after[0], "shifted_after": after[1],
+        "regained": (after[1] - before[1]) / lost if lost else 1.0, "round": learned["phase"],
+        "round_reason": learned["reason"], "version": learned["version"], "drift": users.curve,
+        "shift_at": ROWS * shift_at,
+    }  # fmt: skip
+    print(f"  learned: {learned['phase']}: shifted {before[1]:.4f} -> {after[1]:.4f}, as before {before[0]:.4f} -> "
+          f"{after[0]:.4f}", flush=True)  # fmt: skip
+    return found
+
+
+def _watched(users: _Users, most: int, shifted: bool) -> bool:
+    """Send requests until the alert fires, looking once a second: whether it did."""
+    looked_s = time.monotonic()
+    for sent in range(1, most + 1):
+        users.send(shifted)
+        time.sleep(PACE_S)
+        if time.monotonic() - looked_s > 1 or sent == most:
+            looked_s = time.monotonic()
+            if users.firing():
+                return True
+    return False
+
+
+def parts(found: Mapping[str, Any], plan: Plan, folder: pathlib.Path, names: Sequence[str]) -> list[str]:
+    """Of a page: the life of the model, then the pages of `leptonx tune` and others."""
+    marks = {"shift": found["shift_at"]}
+    if found["alert"]:
+        marks["alert"] = found["shift_at"] + found["alert_rows"]
+    level = float(plan.rule.split(">")[1].split()[0])
+    rows = [
+        ["as before", f"{found['clean_before']:.4f}", f"{found['clean_after']:.4f}"],
+        ["shifted", f"{found['shifted_before']:.4f}", f"{found['shifted_after']:.4f}"],
+    ]
+    made = [
+        "<h2>Served</h2>",
+        f"<p>100 requests/s: p50 {found['p50_ms']:.1f} ms, p99 {found['p99_ms']:.1f} ms.</p>",
+        f"<h2>Shifted: {reports.escaped(plan.shift)}</h2>",
+        reports.lines({"drift (population stability index)": found["drift"]}, "rows", marks, (plan.rule, level)),
+        f"<h2>Learned: {reports.escaped(found['round'])}</h2><p>{reports.escaped(found['round_reason'])}</p>",
+        reports.drawn_table(["requests", "before", "after"], rows),
+    ]
+    return made + [reports.body(folder / name) for name in names if (folder / name).exists()]

@@ -1,0 +1,88 @@
+"""The steps that all applications share, on a model of 24 weights: tune, serve, load, shift, alert, learn, promote."""
+
+import importlib
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+import lepton_xla as lx
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "apps"
+TARGET = """
+import jax.numpy as jnp
+import numpy as np
+import optax
+import lepton_xla as lx
+from lepton_xla import train
+
+random = np.random.default_rng(0)
+rows = random.standard_normal((640, 8)).astype(np.float32)
+w = random.standard_normal((8, 3)).astype(np.float32)
+labels = (rows @ w).argmax(-1).astype(np.int32)
+
+
+def evaluate(predict):
+    return {"accuracy": float((predict(x=rows)["output"].argmax(-1) == labels).mean())}
+
+
+def fn(weights, x):
+    return x @ weights["w"] + weights["b"]
+
+
+model = lx.ModelSpec(
+    {"x": lx.TensorSpec(("batch", 8), "float32")}, fn=fn, weights={"w": w, "b": jnp.zeros(3)}, evaluate=evaluate,
+    buckets={"batch": (8,)}, calibration=[{"x": rows}],
+)
+old = [{"x": rows[k : k + 64], "label": labels[k : k + 64]} for k in range(0, 640, 64)]
+learning = train.TrainSpec(model.program, old, 200, optax.adam(0.05), evaluate=lambda predict: {"same": 1.0})
+"""
+
+
+@pytest.fixture
+def modules(monkeypatch, tmp_path):
+    """`loop` and `reports`, which write into a folder of the test."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
+    yield importlib.import_module("loop"), importlib.import_module("reports")
+    for name in ("loop", "reports"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_a_shift_is_told_and_learned(modules, tmp_path):
+    loop, reports = modules
+    file = tmp_path / "target.py"
+    file.write_text(TARGET)
+    random = np.random.default_rng(0)
+    random.standard_normal((640, 8))
+    w = random.standard_normal((8, 3)).astype(np.float32)
+
+    def ask(number, shifted):
+        rows = np.random.default_rng([1, number]).standard_normal((loop.ROWS, 8)).astype(np.float32)
+        return {"x": (rows + 3) if shifted else rows}, (rows @ w).argmax(-1).tolist()
+
+    def score(answer, known):
+        return float((answer["output"].argmax(-1) == np.array(known)).mean())
+
+    plan = loop.Plan(ask, score, "three is added", range(1 << 20, (1 << 20) + 20), calm=70, learned=120, patience=150)
+    found = loop.tuned(f"{file}:model", tmp_path, "tiny", "--max-drop", 3, "--trials", 1)
+    assert lx.load(tmp_path / "tiny.lepton").manifest.recipe["name"] == found["best"]["name"]
+    np.savez(tmp_path / "one.npz", x=np.zeros((1, 8), np.float32))
+    lived = loop.lived(
+        tmp_path / "tiny.lepton", f"{file}:learning", tmp_path, plan, 200, str(tmp_path / "one.npz"), 1.0,
+        "--fresh", "1.0",
+    )  # fmt: skip
+    assert not lived["false_alarm"]
+    assert lived["alert"]
+    assert 0 < lived["alert_rows"] <= 150 * loop.ROWS
+    assert lived["clean_before"] > 0.9
+    assert lived["shifted_before"] < 0.7
+    assert lived["round"] == "promoted"
+    assert lived["regained"] > 0.7
+    assert 0 < lived["p50_ms"] <= lived["p99_ms"]
+    page = "".join(loop.parts(lived, plan, tmp_path, ["tune.html", "absent.html"]))
+    assert "<h2>Served</h2>" in page
+    assert page.count("<svg") == 2
+    assert reports.folder() == tmp_path

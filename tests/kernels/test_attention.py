@@ -1,0 +1,236 @@
+"""Attention in one pass against NumPy in float64, and which jaxprs it is found in."""
+
+import hashlib
+import subprocess
+import sys
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from limited import ON_ONE_CORE, here
+
+import lepton_xla as lx
+from lepton_xla.kernels import attention, installation
+from lepton_xla.passes.alternatives import attending, autotuning
+from lepton_xla.passes.core.timing import Timer
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def array(*shape, seed=1):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def reference(query, key, value, bias=None, scale=1.0, *, masks=False):
+    query, key, value = (each.astype(np.float64) for each in (query, key, value))
+    scores = np.einsum("bqhd,bkhd->bhqk", query, key) * scale
+    if bias is not None:
+        scores = np.where(bias == 0, scores, bias) if masks else scores + bias
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+        return np.einsum("bhqk,bkhe->bqhe", weights / weights.sum(axis=-1, keepdims=True), value)
+
+
+def operands(batch, queries, keys, heads, depth, width):
+    return (
+        array(batch, queries, heads, depth, seed=1),
+        array(batch, keys, heads, depth, seed=2),
+        array(batch, keys, heads, width, seed=3),
+    )
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    depth=st.integers(1, 40),
+    width=st.integers(1, 40),
+    scale=st.sampled_from([1.0, -0.3, 0.1]),
+    biased=st.sampled_from(["", "b", "hk", "q", "bhqk"]),
+)
+def test_every_shape(variants, batch, queries, keys, heads, depth, width, scale, biased):
+    given_operands = operands(batch, queries, keys, heads, depth, width)
+    shape = (batch, *(size if axis in biased else 1 for axis, size in zip("hqk", (heads, queries, keys), strict=True)))
+    bias = array(*shape) if biased else None
+    expected = reference(*given_operands, bias, scale)
+    for _ in variants():
+        got = attention.attend(
+            *map(jnp.asarray, given_operands), None if bias is None else jnp.asarray(bias), scale=scale
+        )
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(2, 130, 130, 6, 32, 32), (1, 200, 300, 1, 64, 17)])  # by heads, by queries
+def test_attention_that_is_spread_over_threads(variants, shape):
+    given_operands = operands(*shape)
+    for _ in variants():
+        got = attention.attend(*map(jnp.asarray, given_operands), scale=0.2)
+        np.testing.assert_allclose(got, reference(*given_operands, scale=0.2), **TOLERANCE)
+
+
+def test_masks(variants):
+    """What is masked has no weight; where all is masked, all have the same, as in XLA's operations."""
+    given_operands = operands(2, 5, 21, 2, 8, 8)
+    bias = np.where(np.random.default_rng(0).random((2, 1, 5, 21)) < 0.5, np.float32(-2e38), np.float32(0))
+    bias[0, 0, 1] = -2e38
+    expected = reference(*given_operands, bias, masks=True)
+    np.testing.assert_allclose(expected[0, 1], given_operands[2][0].mean(axis=0), **TOLERANCE)
+    for _ in variants():
+        got = attention.attend(*map(jnp.asarray, given_operands), jnp.asarray(bias), masks=True)
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+
+
+def test_huge_scores_nan_and_infinities(variants):
+    query, key, value = operands(1, 6, 19, 1, 4, 4)
+    query[0, 1] *= 1e18
+    query[0, 2, 0, 0], query[0, 3, 0, 1] = np.nan, np.inf
+    expected = reference(query, key, value)
+    assert np.isnan(expected[0, [2, 3]]).all()
+    blocked = np.full((1, 1, 6, 1), 0, np.float32)
+    blocked[0, 0, 5] = -np.inf
+    for _ in variants():
+        got = np.asarray(attention.attend(*map(jnp.asarray, (query, key, value))))
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+        hidden = attention.attend(*map(jnp.asarray, (query, key, value, blocked)))
+        assert np.isnan(np.asarray(hidden)[0, 5]).all()
+        np.testing.assert_array_equal(np.asarray(hidden)[0, :5], got[0, :5])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3, 2, 4, 4), (2, 0, 3, 2, 4, 4), (2, 3, 0, 2, 4, 4), (2, 3, 3, 2, 0, 4)])
+def test_nothing_of_something(variants, shape):
+    given_operands = operands(*shape)
+    expected = np.zeros((shape[0], shape[1], shape[3], shape[5]))
+    if shape[2]:
+        expected = reference(*given_operands)
+    for _ in variants():
+        np.testing.assert_allclose(attention.attend(*map(jnp.asarray, given_operands)), expected, **TOLERANCE)
+
+
+def test_transformations_and_the_fallback(kernels, monkeypatch):
+    query, key, value = (np.stack([each, each[::-1]]) for each in operands(2, 3, 5, 2, 4, 4))
+    bias = array(2, 1, 3, 5)
+    expected = np.stack([reference(*each, bias) for each in zip(query, key, value, strict=True)])
+    mapped = jax.vmap(attention.attend, in_axes=(0, 0, 0, None))
+    assert "lepton_kernel_attention" in jax.jit(mapped).lower(query, key, value, bias).as_text()
+    np.testing.assert_allclose(jax.jit(mapped)(query, key, value, bias), expected, **TOLERANCE)
+    _, scanned = jax.jit(lambda *each: jax.lax.scan(lambda _, x: (0, attention.attend(*x)), 0, each))(query, key, value)
+    np.testing.assert_allclose(scanned[1], reference(query[1], key[1], value[1]), **TOLERANCE)
+    monkeypatch.setenv(installation.VARIABLE, "off")
+    off = jax.vmap(lambda *each: attention.attend(*each), in_axes=(0, 0, 0, None))
+    assert "custom_call" not in jax.jit(off).lower(query, key, value, bias).as_text()
+    np.testing.assert_allclose(jax.jit(off)(query, key, value, bias), expected, **TOLERANCE)
+
+
+def digest():
+    """Of results that parts for several threads were computed of."""
+    got = attention.attend(*map(jnp.asarray, operands(2, 130, 130, 3, 32, 32)), scale=0.2)
+    return hashlib.sha256(np.asarray(got).tobytes()).hexdigest()
+
+
+def test_the_number_of_threads_changes_nothing(kernels):
+    script = ON_ONE_CORE.format(here=here(), module="test_attention")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == digest()
+
+
+def by_hand(query, key, value, mask):
+    """As BERT spells it, with axes for heads that are cut and swapped."""
+    bias = (1.0 - mask[:, None, None, :].astype(jnp.float32)) * -1e9
+    query, key, value = (jnp.transpose(each, (0, 2, 1, 3)) for each in (query, key, value))
+    scores = jax.nn.softmax(query @ jnp.swapaxes(key, 2, 3) * 0.5 + bias, -1)
+    return jnp.transpose(scores @ value, (0, 2, 1, 3))
+
+
+def by_keys(query, key, value, mask):
+    """Scores with the keys first."""
+    scores = jnp.einsum("bkhd,bqhd->bhkq", key, query) / 2.0 + jnp.where(mask, 0.0, -1e9)[:, None, :, None]
+    return jnp.einsum("bhkq,bkhe->behq", jax.nn.softmax(scores, axis=-2), value)
+
+
+SPELLINGS = {
+    "by hand": by_hand,
+    "keys first": by_keys,
+    "jax.nn": lambda query, key, value, mask: jax.nn.dot_product_attention(
+        query, key, value, mask=mask[:, None, None, :].astype(bool)
+    ),
+    "causal": lambda query, key, value, _mask: jax.nn.dot_product_attention(query, key, value, is_causal=True),
+    "flax": lambda query, key, value, mask: flax.linen.dot_product_attention(
+        query, key, value, mask=mask[:, None, None, :].astype(bool)
+    ),
+    "no axes": lambda query, key, value, _mask: (
+        jax.nn.softmax(query[0, :, 0] @ key[0, :, 0].T) @ value[0, :, 0] * jnp.float32(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("fn", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_spellings_of_attention_are_found(kernels, fn):
+    given_operands = operands(2, 7, 7, 3, 4, 4)
+    mask = np.array([[1] * 7, [1] * 3 + [0] * 4])
+    found = attending.attend(fn, lambda _pattern: True)
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(found)(*given_operands, mask).eqns]
+    assert (names.count("attention"), names.count("dot_general"), names.count("exp")) == (1, 0, 0)
+    expected = jax.jit(fn)(*given_operands, mask)
+    np.testing.assert_allclose(jax.jit(found)(*given_operands, mask), expected, **TOLERANCE)
+
+
+def both(query, key, value):
+    scores = query @ jnp.swapaxes(key, 1, 2)
+    return jax.nn.softmax(scores) @ value + scores[..., :4]
+
+
+NO_ATTENTION = {
+    "scores are read": both,
+    "weights are read": lambda query, key, value: (
+        (weights := jax.nn.softmax(query @ jnp.swapaxes(key, 1, 2))) @ value + weights[..., :4]
+    ),
+    "over queries": lambda query, key, value: (
+        jax.nn.softmax(query @ jnp.swapaxes(key, 1, 2), axis=1) @ value  # each key is shared among queries
+    ),
+    "over examples": lambda query, key, value: jax.nn.softmax(query @ jnp.swapaxes(key, 1, 2), axis=0) @ value,
+    "not divided": lambda query, key, value: jnp.exp(query @ jnp.swapaxes(key, 1, 2)) @ value,
+    "scaled after the bias": lambda query, key, value: (
+        jax.nn.softmax((query @ jnp.swapaxes(key, 1, 2) + jnp.tril(jnp.ones((1, 7, 7)))) * 2) @ value
+    ),
+    "a small score instead": lambda query, key, value: (
+        jax.nn.softmax(jnp.where(jnp.tri(7, dtype=bool)[None], query @ jnp.swapaxes(key, 1, 2), jnp.float32(-3)))
+        @ value
+    ),
+}
+
+
+@pytest.mark.parametrize("fn", NO_ATTENTION.values(), ids=NO_ATTENTION.keys())
+def test_what_is_not_attention_stays(kernels, fn):
+    given_operands = [array(2, 7, 4, seed=seed) for seed in range(3)]
+    found = attending.attend(fn, lambda _pattern: True)
+    assert "attention" not in str(jax.make_jaxpr(found)(*given_operands))
+    np.testing.assert_array_equal(jax.jit(found)(*given_operands), jax.jit(fn)(*given_operands))
+
+
+def attentive(weights, x):
+    heads = jnp.reshape(x @ weights["w"], (x.shape[0], x.shape[1], 2, 4))
+    return by_hand(heads, heads, heads, jnp.ones(x.shape[:2]))
+
+
+@pytest.mark.parametrize(("whole", "chosen"), [(1.0, "a kernel"), (3.0, "XLA's own")])
+def test_attention_is_chosen_by_measurement(kernels, monkeypatch, whole, chosen):
+    """Alone the kernel takes half the time; it also has to make the whole program faster."""
+    program = lx.trace(attentive, {"w": jnp.eye(8)}, {"x": lx.TensorSpec(("batch", 6, 8), "float32")})
+    monkeypatch.setattr(
+        autotuning,
+        "time_programs",
+        lambda functions, inputs, *_: [2.0, 1.0] if len(inputs) == 4 else [2.0, whole],
+    )
+    tuned = lx.passes.autotune(program, sizes=[{"batch": 1}, {"batch": 3}], timer=Timer())
+    (report,) = [site for site in tuned.history[-1].sites if site.site == "attention#0"]
+    assert report.action == chosen
+    x = array(3, 6, 8)
+    assert ("attention" in str(jax.make_jaxpr(tuned.fn)(tuned.weights, x))) is (chosen == "a kernel")
+    expected = jax.jit(program.fn)(program.weights, x)
+    np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, x), expected, **TOLERANCE)
