@@ -161,7 +161,6 @@ class ArtifactLoader:
         """Ends what served a version that is gone."""
         self._metrics.closed(name, version)
         scheduler.stop()
-        scheduler.free()
 
 
 def devices_of_process() -> list[Device]:

@@ -43,7 +43,7 @@ class Loader[T](Protocol):
         ...
 
     def close(self, name: str, version: str, scheduler: Scheduler) -> None:
-        """Told on the event loop that a handle is gone: nothing uses its scheduler any more."""
+        """Told on the event loop that a handle is gone: nothing uses its scheduler any more, which is freed then."""
         ...
 
 
@@ -68,6 +68,8 @@ class Host[T]:
         # at full priority, since threads that XLA starts then keep what they were started with.
         self._first = concurrent.futures.ThreadPoolExecutor(1, "lepton-load")
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load", step_back)
+        # At full priority: what is loaded in their place waits for it.
+        self._freeing = concurrent.futures.ThreadPoolExecutor(1, "lepton-free")
         self._prepared: dict[int, dict[str, ModelHandle]] = {}
 
     async def prepare(self, number: int, change: Change) -> dict[str, str]:
@@ -124,6 +126,7 @@ class Host[T]:
         """Loads nothing more. What is being loaded goes on, and a process that ends waits for it: see `leave`."""
         for thread in (self._first, self._thread):
             thread.shutdown(wait=False, cancel_futures=True)
+        self._freeing.shutdown(wait=False)
 
     async def _freed(self, gone: asyncio.Future[None], name: str, version: str, scheduler: Scheduler) -> None:
         """Waits until the last answer of a handle has left, and frees it."""
@@ -133,6 +136,11 @@ class Host[T]:
             await asyncio.get_running_loop().run_in_executor(self._thread, gc.collect)
             await gone
         self._loader.close(name, version, scheduler)
+        try:
+            # Unmapping weights takes a millisecond for every twenty megabytes.
+            await asyncio.get_running_loop().run_in_executor(self._freeing, scheduler.free)
+        except RuntimeError:  # the server is closed
+            scheduler.free()
 
 
 def _watched(handle: ModelHandle) -> tuple[asyncio.Future[None], str, str, Scheduler]:

@@ -60,6 +60,17 @@ def swap(server, repository, artifact, version):
     wait(lambda: server.models.versions("m") == [version])
 
 
+def test_weights_are_freed_beside_the_event_loop(start, repository, made):
+    server, threads = start(), []
+    # No handle here: what a model's weights are referred to by last is what frees them.
+    for weight in server.models.find("m").model.runtime.weights:
+        weakref.finalize(weight, lambda: threads.append(threading.current_thread().name)).atexit = False
+    del weight
+    swap(server, repository, made[2], "2")
+    wait(lambda: threads)
+    assert {name.partition("_")[0] for name in threads} == {"lepton-free"}
+
+
 def test_no_answer_is_lost_refused_or_mixed_while_versions_change(start, repository, made):
     server = start()
     gone = []
