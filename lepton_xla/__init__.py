@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TuningError,
         UnsupportedError,
     )
+    from lepton_xla.exporting import export
     from lepton_xla.modelspec import ModelSpec
     from lepton_xla.optimization.pipeline import optimize
     from lepton_xla.passes.core.plans import Plan
@@ -77,6 +78,7 @@ __all__ = [
     "encrypt",
     "evaluation",
     "explanation",
+    "export",
     "federated",
     "find_sites",
     "from_linen",
@@ -125,6 +127,7 @@ _HOMES = {
         "TuningError",
         "UnsupportedError",
     ),
+    "exporting": ("export",),
     "modelspec": ("ModelSpec",),
     "passes.core.sites": ("find_sites",),
     "optimization.pipeline": ("optimize",),

@@ -24,6 +24,7 @@ PUBLIC = [
     "lepton_xla.data",
     "lepton_xla.evaluation",
     "lepton_xla.explanation",
+    "lepton_xla.exporting",
     "lepton_xla.federated",
     "lepton_xla.launch",
     "lepton_xla.learning",

@@ -20,7 +20,7 @@ PUBLIC = [
     "Plan", "Program", "Recipe",
     "RecipeError", "RepositoryError", "SampleError", "Servable", "ServeError", "ShardingError", "SiteReport",
     "TensorSpec", "TrainingError", "TrustError", "TuningError", "UnsupportedError", "compile", "encrypt",
-    "data", "evaluation", "explanation", "federated", "find_sites",
+    "data", "evaluation", "explanation", "export", "federated", "find_sites",
     "from_linen", "from_nnx", "give_labels", "launch", "load", "optimize", "passes", "sharding", "sign",
     "take_categories", "take_images", "take_texts", "trace", "train", "trust", "tuning", "verify",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "Check every file of an artifact, and its signature.",
     "keys": "Make key pairs to sign and to encrypt with.",
     "sign": "Sign an artifact.",
+    "export": "Write an artifact in another framework's format.",
     "encrypt": "Write an encrypted copy of an artifact.",
     "eval": "Compare models on the same rows: metrics, lost classes, cost.",
     "bench": "Compare an artifact's latency with the float model's.",

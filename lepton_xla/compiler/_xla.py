@@ -174,6 +174,33 @@ def program_text(exported: jax.export.Exported) -> str:
         return str(ir.Module.parse(exported.mlir_module()).operation.get_asm(enable_debug_info=False))
 
 
+def module_for_others(exported: jax.export.Exported, version: str) -> bytes:
+    """The StableHLO of an exported program for tools of an older StableHLO, without JAX's checks of symbolic sizes.
+
+    Raises:
+        ValueError: if that version has not all of its operations.
+    """
+    from jax.interpreters import mlir
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import stablehlo
+
+    checks: list[Any] = []
+
+    def visit(operation: Any) -> Any:
+        if operation.name == "stablehlo.custom_call" and "shape_assertion" in str(
+            operation.attributes["call_target_name"]
+        ):
+            checks.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    with mlir.make_ir_context():
+        module = ir.Module.parse(exported.mlir_module())
+        module.operation.walk(visit)
+        for check in checks:
+            check.erase()
+        return bytes(stablehlo.serialize_portable_artifact(module, version))
+
+
 def jaxlib_version() -> str:
     """The version that compiled code belongs to."""
     return _jaxlib.VERSION
