@@ -43,6 +43,17 @@ def pages(root: pathlib.Path) -> dict[str, str]:
     return found
 
 
+def docstring(root: pathlib.Path, name: str) -> str:
+    """The docstring of a public name."""
+    package, _, attribute = name.rpartition(".")
+    module, _, attribute = _home(_tree(_file(root, package)), package, attribute, root).rpartition(".")
+    file = _file(root, module)
+    for node in _tree(file).body if file.is_file() else []:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == attribute:
+            return ast.get_docstring(node) or ""
+    return ""
+
+
 def exports(tree: ast.Module) -> list[str]:
     """What `__all__` lists."""
     for node in tree.body:

@@ -5,6 +5,7 @@ Source: llmstxt.org.
 
 from __future__ import annotations
 
+import pathlib
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
@@ -12,8 +13,9 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 
-from manual import navigation
+from manual import exported, navigation
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Pages that repeat others or are for contributors.
 _LEFT_OUT = ("source/C", "benchmarks/", "design.md")
 
@@ -32,8 +34,17 @@ def files(pages: Mapping[str, str], config: MkDocsConfig) -> dict[str, str]:
             uris = [uri for uri in _uris(entry) if uri in pages and not uri.startswith(_LEFT_OUT)]
             if uris:
                 listed.append(f"\n## {title}\n\n" + "".join(_line(uri, pages[uri]) for uri in uris))
-            whole += [f"\n<!-- {uri} -->\n\n{pages[uri].strip()}\n" for uri in uris]
+            whole += [f"\n<!-- {uri} -->\n\n{_with_docstrings(pages[uri]).strip()}\n" for uri in uris]
     return {"llms.txt": "".join(listed), "llms-full.txt": "".join(whole)}
+
+
+def _with_docstrings(text: str) -> str:
+    """A page of the reference with docstrings where the site has them."""
+    return re.sub(r"^::: (\S+)$", lambda name: _documented(name[1]), text, flags=re.MULTILINE)
+
+
+def _documented(name: str) -> str:
+    return f"## {name}\n\n{exported.docstring(ROOT, name)}"
 
 
 def _uris(entry: Any) -> Iterator[str]:

@@ -104,6 +104,8 @@ def test_llms_txt_lists_the_pages(site):
         assert f"]({name})" in listed
     code = blocks((ROOT / "docs" / "start.md").read_text(encoding="utf-8"))[1].code
     assert code in whole
+    assert "## lepton_xla.optimize\n\nMake a program small and fast." in whole
+    assert "\n::: " not in whole
 
 
 def test_the_index_has_every_kind_of_page(site):
