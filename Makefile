@@ -124,6 +124,8 @@ bench: setup kernels  ## every benchmark; each prints the command that repeats i
 	$(RUN)/python benchmarks/kernels.py --no-pages
 	$(RUN)/python benchmarks/qat.py --no-pages
 	$(RUN)/python benchmarks/pruning.py --no-pages
+	$(RUN)/python benchmarks/exports.py --models digits,residual,minilm --no-pages
+	$(RUN)/python benchmarks/edge.py --no-pages
 	$(RUN)/python benchmarks/distillation.py --no-pages
 	$(RUN)/python benchmarks/federated.py --no-pages
 

@@ -56,6 +56,15 @@ def test_a_preset_is_judged_weighed_and_timed_at_every_bucket_or_says_why_not(tm
         assert all(0 < value < 100 for value in small["ratio"].values())
 
 
+def test_exports_are_compared_with_their_artifacts(tmp_path: pathlib.Path) -> None:
+    """Without TensorFlow, whose formats are tried in tests/exporting."""
+    found = figures("exports.py", tmp_path, "--models", "digits")["rows"]
+    assert [row["recipe"] for row in found] == ["none", "int8", "int8-weight-only"]
+    for row in found:
+        assert row["stablehlo"]["difference"] <= 1e-4 < row["stablehlo"]["largest"]
+        assert row["tflite"] == {"note": "not run"}
+
+
 def test_tuning_is_put_beside_the_best_preset(tmp_path: pathlib.Path) -> None:
     found = figures("tuning.py", tmp_path, "--models", "digits", "--max-drop", "5")["digits"]
     for objective in ("bytes", "latency"):

@@ -69,7 +69,7 @@ def write_tflite(model: PortableModel, path: pathlib.Path) -> Any:
 
 def _tensorflow() -> Any:
     with Needs("tensorflow", "an export to saved-model or tflite"):
-        import tensorflow  # pyright: ignore[reportMissingImports]
+        import tensorflow  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
     return tensorflow
 
 
