@@ -1,11 +1,13 @@
 import threading
 
 import compiler_models as models
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lepton_xla import compiler
 from lepton_xla.errors import InputError
+from lepton_xla.program import TensorSpec, trace
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,37 @@ def test_attributes(text: compiler.Servable) -> None:
     assert list(text.inputs) == ["ids", "mask"]
     assert str(text.outputs["tokens"]) == "float32[batch, seq, 8]"
     assert text.weights_bytes == 4 * (50 * 16 + 16 * 8)
+
+
+def aligned(shape, dtype=np.float32, offset=0):
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def test_a_bound_run_sees_what_the_arrays_and_the_weights_are_then():
+    program = trace(lambda w, x, n: (x @ w["w"], n + 1), {"w": jnp.eye(4)}, {
+        "x": TensorSpec(("batch", 4), "float32"), "n": TensorSpec(("batch",), "int32"),
+    })  # fmt: skip
+    servable = compiler.compile(program, {"batch": (1, 8)}).servable()
+    x, n = aligned((8, 4)), aligned((8,), np.int32)
+    run = servable.bind({"batch": 8}, [x, n])
+    assert run is not None
+    kept = []
+    for step in range(3):
+        x[...] = np.arange(32).reshape(8, 4) + step
+        n[...] = step
+        kept.append(run())
+    servable.runtime.weights = [2 * weight for weight in servable.runtime.weights]
+    kept.append(run())
+    for step, (product, number) in enumerate(kept[:3]):
+        np.testing.assert_array_equal(product, np.arange(32).reshape(8, 4) + step)
+        np.testing.assert_array_equal(number, np.full(8, step + 1))
+    np.testing.assert_array_equal(kept[3][0], 2 * kept[2][0])
+    # What XLA would copy cannot be bound; a wrong shape would have it read memory outside of the array.
+    assert servable.bind({"batch": 8}, [aligned((8, 4), offset=4), n]) is None
+    with pytest.raises(InputError, match="input 'x': got float32"):
+        servable.bind({"batch": 8}, [aligned((4, 4)), n])
+    with pytest.raises(KeyError):
+        servable.bind({"batch": 3}, [x, n])
