@@ -68,11 +68,19 @@ def leptonx(*arguments: object) -> dict[str, Any]:
 
 
 def tuned(target: str, folder: pathlib.Path, name: str, *limits: object) -> dict[str, Any]:
-    """Find the smallest recipe within limits, and compile it to `NAME.lepton`; what the command says."""
-    return leptonx(
-        "tune", target, "--objective", "bytes", *limits, "--artifact", folder / f"{name}.lepton", "--overwrite",
-        "--report", folder / "tune.html", "--journal", folder / "tuning.jsonl",
+    """Find the smallest recipe within limits, and compile with it to `NAME.lepton`; what `leptonx tune` says.
+
+    The artifact keeps its float weights, which `leptonx learn` begins with and makes small by the same steps.
+    """
+    found = leptonx(
+        "tune", target, "--objective", "bytes", *limits, "-o", folder / "recipe.toml", "--report",
+        folder / "tune.html", "--journal", folder / "tuning.jsonl",
     )  # fmt: skip
+    leptonx(
+        "compile", target, "--recipe", folder / "recipe.toml", "--name", name, "--keep-master", "-o",
+        folder / f"{name}.lepton", "--overwrite",
+    )  # fmt: skip
+    return found
 
 
 @contextlib.contextmanager

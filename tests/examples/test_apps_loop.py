@@ -51,6 +51,7 @@ def modules(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_shift_is_told_and_learned(modules, tmp_path):
     loop, reports = modules
     file = tmp_path / "target.py"
@@ -68,7 +69,7 @@ def test_a_shift_is_told_and_learned(modules, tmp_path):
 
     plan = loop.Plan(ask, score, "three is added", range(1 << 20, (1 << 20) + 20), calm=70, learned=120, patience=150)
     found = loop.tuned(f"{file}:model", tmp_path, "tiny", "--max-drop", 3, "--trials", 1)
-    assert lx.load(tmp_path / "tiny.lepton").manifest.recipe["name"] == found["best"]["name"]
+    assert lx.load(tmp_path / "tiny.lepton").manifest.recipe["name"] == found["best"]["name"] == "int8"
     np.savez(tmp_path / "one.npz", x=np.zeros((1, 8), np.float32))
     lived = loop.lived(
         tmp_path / "tiny.lepton", f"{file}:learning", tmp_path, plan, 200, str(tmp_path / "one.npz"), 1.0,

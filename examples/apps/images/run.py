@@ -95,9 +95,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         start = time.perf_counter()
         for name in ("teacher", "student"):
             program = getattr(training, name)(seed, steps)
-            found = training.accuracy(program, known.choosing, known.choosing_labels)
-            print(f"  seed {seed}, {name}: {found:.4f} of those to choose by ({time.perf_counter() - start:.0f} s)",
-                  flush=True)  # fmt: skip
+            chosen, _ = training.accuracy(program, known.choosing, known.choosing_labels)
+            right, lowest = training.accuracy(program, known.judged, known.judged_labels)
+            print(f"  seed {seed}, {name}: accuracy {right:.4f}, lowest recall {lowest:.4f} ({chosen:.4f} of those to "
+                  f"choose by; {time.perf_counter() - start:.0f} s)", flush=True)  # fmt: skip
     tuned = loop.tuned(
         f"{TARGETS}:model", folder, "digits", "--metric", "right", "--max-drop", "0.3", "--minutes",
         given.minutes, *(["--trials", 1] if given.quick else []),

@@ -105,11 +105,12 @@ def student(seed: int, steps: int = STEPS) -> lx.Program:
     return fitted(untrained, loss, batch, steps, f"student-{seed}")
 
 
-def accuracy(program: lx.Program, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of right answers."""
+def accuracy(program: lx.Program, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Share of right answers, and the lowest recall of a class."""
     run = jax.jit(program.fn)
     found = [np.asarray(run(program.weights, images[k : k + 500])).argmax(-1) for k in range(0, len(images), 500)]
-    return float((np.concatenate(found) == labels).mean())
+    right = np.concatenate(found) == labels
+    return float(right.mean()), min(float(right[labels == each].mean()) for each in np.unique(labels))
 
 
 def transferred(seed: int, steps: int) -> dict[str, float]:
@@ -130,6 +131,6 @@ def transferred(seed: int, steps: int) -> dict[str, float]:
     for name, way in ways.items():
         program = fitted(way, train.supervised(way), batch, steps, f"{name}-{seed}")
         program = program if name == "last_layer" else train.merge(program, start)
-        found[f"transfer_{name}"] = accuracy(program, known.judged[new], known.judged_labels[new])
+        found[f"transfer_{name}"] = accuracy(program, known.judged[new], known.judged_labels[new])[0]
         found[f"transfer_{name}_weights"] = sum(weight.size for weight in way.weights.values())
     return found
