@@ -1,10 +1,10 @@
 """Time of each step of a one-row request inside the server, in one thread and without sockets.
 
-    python benchmarks/hot_path.py [--json FILE]
+    python benchmarks/hot_path.py [--at-once N] [--json FILE]
 
-The model maps 784 numbers to 10. 64 connections receive a request each, then the batch runs. The server's own objects
-are driven by hand, on a transport that discards its data. 64 more requests find the queue full and are rejected.
-`benchmarks/serving.py` measures requests with sockets and includes these results.
+The model maps 784 numbers to 10. 64 connections (`--at-once`) receive a request each, then the batch runs. The server's
+own objects are driven by hand, on a transport that discards its data. As many requests again find the queue full and
+are rejected. `benchmarks/serving.py` measures requests with sockets and includes these results.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> dict[str, float]:
-    """Microseconds per request of each step, of all steps, and of a rejection: medians over rounds of 64 requests."""
+def stages(
+    path: pathlib.Path, payload: payloads.Payload, rounds: int = 400, at_once: int = AT_ONCE
+) -> dict[str, float]:
+    """Microseconds per request of each step, of all steps, and of a rejection: medians over rounds."""
 
     async def measured() -> dict[str, float]:
         model = lx.load(path)
@@ -100,7 +102,7 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         engine = Timed(model, signature)
         costs = Costs(signature.bucket_sizes, engine.warm_up())
         batcher, full = (
-            Batcher[Any](signature.bucket_sizes, costs=costs, levels=3, max_rows=most) for most in (4096, AT_ONCE)
+            Batcher[Any](signature.bucket_sizes, costs=costs, levels=3, max_rows=most) for most in (4096, at_once)
         )
         server, limits = ServerMetrics(), Limits()
         metrics = server.opened(signature.name, signature.version)
@@ -126,7 +128,7 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
         answer = Response(200, b"Content-Length: 0\r\n\r\n", 21)
         connections: dict[int, list[Connection]] = {}
         for state in (framing, whole, filling, over):
-            connections[id(state)] = [Connection(state) for _ in range(AT_ONCE)]
+            connections[id(state)] = [Connection(state) for _ in range(at_once)]
             for connection in connections[id(state)]:
                 connection.connection_made(Nowhere())  # type: ignore[arg-type]
 
@@ -148,7 +150,7 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
                 device._pump()
 
         def decode() -> None:
-            for _ in range(AT_ONCE):
+            for _ in range(at_once):
                 decoder.decode(body, json_bytes)
 
         bring(filling)()
@@ -167,10 +169,10 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
                 "write the answer": written,
                 REFUSED: seconds_of(bring(over)),
             })  # fmt: skip
-        assert dict(server.all_codes()) == {200: rounds * AT_ONCE, 503: rounds * AT_ONCE}
+        assert dict(server.all_codes()) == {200: rounds * at_once, 503: rounds * at_once}
         transport: Any = connections[id(whole)][0]._transport
         assert transport.answers == rounds
-        steps = {step: 1e6 * statistics.median(each[step] for each in found) / AT_ONCE for step in found[0]}
+        steps = {step: 1e6 * statistics.median(each[step] for each in found) / at_once for step in found[0]}
         refused = steps.pop(REFUSED)
         return {**steps, "together": sum(steps.values()), REFUSED: refused}
 
@@ -181,14 +183,19 @@ def stages(path: pathlib.Path, payload: payloads.Payload, rounds: int = 400) -> 
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=400, help="of 64 requests each")
+    parser.add_argument("--rounds", type=int, default=400, help="of so many requests each")
+    parser.add_argument(
+        "--at-once", type=int, default=AT_ONCE, help="requests in a batch; with 1 it shows what a batch costs by itself"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
     options = parser.parse_args()
     run_on_calling_thread()  # as a server does, before anything uses JAX
     with tempfile.TemporaryDirectory() as folder:
-        found = stages(*payloads.first10(pathlib.Path(folder), quick=False), rounds=options.rounds)
+        found = stages(
+            *payloads.first10(pathlib.Path(folder), quick=False), rounds=options.rounds, at_once=options.at_once
+        )
     rows = [(step, f"{micros:.1f}") for step, micros in found.items()]
-    show(Table(f"784 numbers in, 10 out, {AT_ONCE} at once", ("step", ">µs a request"), rows))
+    show(Table(f"784 numbers in, 10 out, {options.at_once} at once", ("step", ">µs a request"), rows))
     harness.write_json(options.json, found)
     return 0
 
