@@ -33,7 +33,7 @@ import lepton_xla as lx
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.load.streams import stream
 
-RECIPES = ("float32", "int8-weight-only", "int4-weight-only")
+RECIPES = ("float32", "int8", "int8-weight-only", "int4-weight-only")
 # With the cache in codes too.
 SMALL_CACHE = "int8-weight-only, cache int8"
 SLOTS = (1, 8)

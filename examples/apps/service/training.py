@@ -57,7 +57,7 @@ def loss_of(made: words.Words) -> Any:
         tokens, kinds = batch["tokens"], batch["kind"]
         lost = jax.random.bernoulli(dropped, MISSING, tokens.shape) & (tokens > 3)  # some words are not known
         states, seen = _read(w, {**batch, "tokens": jnp.where(lost, 1, tokens)})
-        states = states * (jax.random.bernoulli(features, 1 - DROPOUT, states.shape) / (1 - DROPOUT))
+        states = jnp.where(jax.random.bernoulli(features, 1 - DROPOUT, states.shape), states / (1 - DROPOUT), 0.0)
         seen = seen & (jax.random.bernoulli(missing, 1 - MISSING, seen.shape) | (jnp.arange(seen.shape[1])[None] == 0))
         first = _first(w, states, seen)
         of_kind = optax.softmax_cross_entropy_with_integer_labels(first, kinds).mean()
@@ -65,7 +65,7 @@ def loss_of(made: words.Words) -> Any:
         logits = network.replay(w, states[:WHOLE], seen[:WHOLE], said[:, :-1])[:, 1:]
         there = jnp.concatenate([jnp.ones((WHOLE, 1), bool), said[:, 1:-1] != made.end], 1)  # to the first end
         each = optax.softmax_cross_entropy_with_integer_labels(logits, said[:, 1:])
-        of_words = jnp.where(there, each, 0.0).sum() / there.sum()
+        of_words = each.mean(where=there)
         right = (first.argmax(-1) == kinds).mean()
         return of_kind + of_words, {"kinds": right, "words_loss": of_words}, state
 
