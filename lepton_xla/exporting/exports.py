@@ -25,6 +25,11 @@ _WRITERS: dict[str, Callable[[PortableModel, pathlib.Path], Run]] = {
     "tflite": tensorflow_models.write_tflite,
 }
 FORMATS = tuple(_WRITERS)
+# Formats that no converter makes of an artifact, and what can be done.
+_NOT_FROM_ARTIFACTS = dict.fromkeys(
+    ("onnx", "qonnx"),
+    "jax2onnx converts Python functions, not the program of an artifact: call it on the program's function",
+)
 # Rows that are drawn where none are given.
 _ROWS = 8
 
@@ -85,7 +90,8 @@ def export(
     (8, {'output': 0.0})
     """
     if to not in _WRITERS:
-        raise UnsupportedError(f"there is no format {to!r}: expected {', '.join(FORMATS)}")
+        why = f" ({_NOT_FROM_ARTIFACTS[to]})" if to in _NOT_FROM_ARTIFACTS else ""
+        raise UnsupportedError(f"there is no format {to!r}: expected {', '.join(FORMATS)}{why}")
     target = pathlib.Path(path)
     if os.path.lexists(target) and not overwrite:
         raise ArtifactError(f"{target} exists; give another path, or overwrite it")
