@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ import pytest
 from sources import TREES
 from test_docstrings import PUBLIC
 
+import lepton_xla
 from lepton_xla import errors
 from lepton_xla.recipe import PruneRule, QuantizeRule, Recipe, ShrinkRule
 from lepton_xla.serve.limits import Limits
@@ -24,6 +26,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def test_every_public_name_is_in_the_reference():
     assert exported.packages(ROOT) == sorted(PUBLIC)
+    modules = {name for name in lepton_xla.__all__ if inspect.ismodule(getattr(lepton_xla, name))}
+    assert modules <= {name.removeprefix("lepton_xla.") for name in PUBLIC}
     pages = exported.pages(ROOT)
     for package in PUBLIC:
         page = pages[f"reference/python/{package}.md"]
