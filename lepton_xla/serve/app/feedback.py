@@ -53,11 +53,13 @@ class FeedbackPage:
                 501, "this model takes no feedback: it has no output with classes, or the server keeps none"
             )
         parts, rest = divide(judges, labels)
-        for judge, part in parts:
-            judge.check(part)
-        rows = 0
+        # Held here until the others have counted theirs: all of the labels are taken, or none.
+        held = [(judge, judge.hold(part)) for judge, part in parts]
+        rows = sum(len(right) for _, part in parts for right in part.values())
         if rest and self._others is not None:
-            rows = await self._others.judge(name, rest)
+            rows += await self._others.judge(name, rest)
         elif rest:
-            judges[0].check(rest)
-        return monitoring.FeedbackTaken(rows + sum(judge.judge(part) for judge, part in parts))
+            judges[0].hold(rest)
+        for judge, each in held:
+            judge.settle(each)
+        return monitoring.FeedbackTaken(rows)

@@ -19,6 +19,10 @@ from lepton_xla.serve.protocol.monitoring import MAX_ID
 _MOST_LABELS = 128
 
 
+type Held = dict[str, tuple[Sequence[int], bytes]]
+"""Request id -> the right class of each row, and the answer."""
+
+
 class Feedback:
     """The answers of one model version, and their right answers.
 
@@ -112,50 +116,21 @@ class Feedback:
         """Those of some requests whose answer is kept, or was judged."""
         return [each for each in request_ids if each in self._answers]
 
-    def check(self, labels: Mapping[str, Sequence[int]]) -> None:
-        """Checks labels without counting them.
-
-        Args:
-            labels: request id -> the right class of each row.
-
-        Raises:
-            HTTPError: 404 for an id that is not known, 409 for one that was judged by other labels, 400 for labels that
-                do not fit.
-        """
-        self._uncounted(labels)
-
-    def judge(self, labels: Mapping[str, Sequence[int]]) -> int:
-        """Counts right answers: all of them, or none. Labels that come again, as retries do, are not counted again.
+    def hold(self, labels: Mapping[str, Sequence[int]]) -> Held:
+        """Checks labels without counting them, and holds the answers that they are for, whatever is dropped meanwhile.
 
         Args:
             labels: request id -> the right class of each row.
 
         Returns:
-            How many rows were judged, then or before.
+            What `settle` takes, without labels that were counted before, as retries bring them.
 
         Raises:
-            HTTPError: as `check`.
+            HTTPError: 404 for an id that is not known, 409 for one that was judged by other labels, 400 for labels that
+                do not fit.
         """
-        new, kept = self._uncounted(labels)
-        if new:
-            answers = np.frombuffer(kept, self._dtype).reshape(-1, self._classes).argmax(axis=1).tolist()
-            self._count([label for right in new.values() for label in right], answers)
-            at = 0
-            for request_id, right in new.items():
-                if self._propensities:
-                    self._weigh(self._propensities.pop(request_id, 0.0), right, answers[at : at + len(right)])
-                at += len(right)
-                self._answers[request_id] = hash(tuple(right))
-            self._bytes -= len(kept)
-            if self.taken is not None:
-                self.taken(new)
-        return sum(map(len, labels.values()))
-
-    def _uncounted(self, labels: Mapping[str, Sequence[int]]) -> tuple[dict[str, Sequence[int]], bytes]:
-        """Those of the labels that have not been counted, and the answers that they are for, one after the other."""
         row_bytes = self._dtype.itemsize * self._classes
-        new: dict[str, Sequence[int]] = {}
-        found: list[bytes] = []
+        held: Held = {}
         for request_id, right in labels.items():
             kept = self._answers.get(request_id)
             if kept is None:
@@ -169,9 +144,43 @@ class Feedback:
                 raise HTTPError(400, f"the request had {rows} rows, the feedback has {len(right)} labels")
             if right and not 0 <= min(right) <= max(right) < self._classes:
                 raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
-            new[request_id] = right
-            found.append(kept)
-        return new, b"".join(found)
+            held[request_id] = right, kept
+        return held
+
+    def settle(self, held: Held) -> None:
+        """Counts what was held; what somebody else has counted meanwhile, not again."""
+        now = self._answers
+        held = {request_id: each for request_id, each in held.items() if not isinstance(now.get(request_id), int)}
+        if not held:
+            return
+        kept = b"".join([answer for _, answer in held.values()])
+        answers = np.frombuffer(kept, self._dtype).reshape(-1, self._classes).argmax(axis=1).tolist()
+        self._count([label for right, _ in held.values() for label in right], answers)
+        at = 0
+        for request_id, (right, answer) in held.items():
+            if self._propensities:
+                self._weigh(self._propensities.pop(request_id, 0.0), right, answers[at : at + len(right)])
+            at += len(right)
+            if now.get(request_id) is answer:  # neither dropped, nor is there another answer with this id
+                now[request_id] = hash(tuple(right))
+                self._bytes -= len(answer)
+        if self.taken is not None:
+            self.taken({request_id: right for request_id, (right, _) in held.items()})
+
+    def judge(self, labels: Mapping[str, Sequence[int]]) -> int:
+        """Counts right answers: all of them, or none. Labels that come again, as retries do, are not counted again.
+
+        Args:
+            labels: request id -> the right class of each row.
+
+        Returns:
+            How many rows were judged, then or before.
+
+        Raises:
+            HTTPError: as `hold`.
+        """
+        self.settle(self.hold(labels))
+        return sum(map(len, labels.values()))
 
     def _count(self, labels: Sequence[int], answers: Sequence[int]) -> None:
         for (label, answer), rows in Counter(zip(labels, answers, strict=True)).items():

@@ -258,7 +258,7 @@ class Worker:
         known = [index for index, request_id in enumerate(labels) if request_id not in rest]
         try:
             for judge, part in parts:
-                judge.check(part)
+                judge.hold(part)
             rows = sum(judge.judge(part) for judge, part in parts) if count else 0
         except HTTPError as error:
             return control.Judged(number, known, status=error.status, error=error.message)

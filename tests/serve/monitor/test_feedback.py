@@ -1,10 +1,12 @@
 """Feedback: answers that are kept, and what becomes of labels for them."""
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lepton_xla.serve.app.feedback import FeedbackPage
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.monitor.feedback import Feedback
 from lepton_xla.serve.observe.server_metrics import LATE_S, MOST_KEPT, ServerMetrics
@@ -160,3 +162,33 @@ def test_answers_of_closed_versions_are_bounded_together(closing):
     assert metrics.judges("large") == large[:1:-1]
     few = [closed(str(number), 1, model="few") for number in range(100)]
     assert metrics.judges("few") == few[: -MOST_KEPT - 1 : -1]
+
+
+@pytest.mark.parametrize("meanwhile", ["dropped", "judged", "answered anew"])
+def test_what_happens_while_others_count_leaves_the_feedback_whole(meanwhile):
+    metrics = ServerMetrics()
+    own = metrics.opened("m", "1")
+    own.monitor = SimpleNamespace(feedback=Feedback(np.dtype("float32"), classes=4))
+    feedback = own.monitor.feedback
+    feedback.remember("here", answer(1), 0.5)
+
+    class Others:
+        async def judge(self, model, labels):
+            assert labels == {"there": [2]}
+            if meanwhile == "dropped":
+                feedback.forget()
+            elif meanwhile == "judged":
+                feedback.judge({"here": [1]})
+            else:
+                feedback.remember("here", answer(3))
+            return 1
+
+    page = FeedbackPage(metrics, lambda *refused: None, Others())
+    model = SimpleNamespace(signature=SimpleNamespace(name="m"))
+    taken = asyncio.run(page._judge(model, {"here": [1], "there": [2]}))
+    assert (taken.rows, feedback.right, feedback.wrong) == (2, 1, 0)
+    kept = {"dropped": 0, "judged": len("here"), "answered anew": len("here") + 16}[meanwhile]
+    assert feedback.nbytes == kept
+    if meanwhile == "answered anew":
+        assert feedback.judge({"here": [3]}) == 1
+        assert feedback.right == 2
