@@ -95,7 +95,7 @@ def measure(model: models.BenchModel, task: Task, options: argparse.Namespace, f
 
     def say(line: str, done: int, total: int) -> None:
         del done, total
-        if line.endswith((": build", ": train")) or "trial" not in line:
+        if line.endswith((": build", ": train")) or ";" not in line:
             print(f"    {time.perf_counter() - began:4.0f} s, {line}", flush=True)
 
     tuned = tune(

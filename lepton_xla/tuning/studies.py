@@ -7,6 +7,7 @@ way if it has lost more than the median of those that are no larger (median rule
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -15,7 +16,8 @@ import math
 import os
 import socket
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lepton_xla.errors import TuningError, first_line
@@ -27,6 +29,23 @@ type Settings = dict[str, float]
 
 # Trials whose settings are drawn at random before the sampler learns from them, and those that judge another.
 _STARTUP, _JUDGES = 8, 3
+# Seconds that a database of SQLite may be locked, and pauses between attempts to open one.
+_WAIT_S, _PAUSES_S = 60, (0.1, 0.3, 1.0)
+
+
+def _told[**P, R](method: Callable[P, R]) -> Callable[P, R]:
+    """Tell in a line what a storage that is gone or locked raises."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        optuna = imported_optuna()
+        try:
+            return method(*args, **kwargs)
+        except (optuna.exceptions.StorageInternalError, OSError) as error:
+            reason = first_line(error.__cause__ or error)
+            raise TuningError(f"the storage of trained candidates cannot be used any more: {reason}") from error
+
+    return run
 
 
 @dataclasses.dataclass
@@ -82,16 +101,19 @@ class Study:
         self._take_over()
 
     @property
+    @_told
     def done(self) -> dict[str, Trial]:
         """The trials that have ended, in order, by key."""
         found = (trial.user_attrs for trial in self._study.trials)
         return {each["key"]: Trial.of_json(each["found"]) for each in found if "found" in each}
 
     @property
+    @_told
     def count(self) -> int:
         """How many trials have ended, the same ones among them."""
         return sum("found" in trial.user_attrs for trial in self._study.get_trials(deepcopy=False))
 
+    @_told
     def ask(self) -> Asked:
         """What to try next: nothing that another process tries now."""
         states = self._optuna.trial.TrialState
@@ -122,6 +144,7 @@ class Study:
         }
         return Asked(settings, handle)
 
+    @_told
     def check(self, asked: Asked, expected: float, drop: float, allowed: float) -> None:
         """Take the drop half way.
 
@@ -140,6 +163,7 @@ class Study:
         if is_hopeless(drop, others, allowed):
             raise StoppedError(f"stopped half way: {drop:.2f} points lost, the median of smaller ones is less")
 
+    @_told
     def tell(self, asked: Asked, key: str, trial: Trial, values: Sequence[float], excess: float) -> None:
         """Take what became of it."""
         states = self._optuna.trial.TrialState
@@ -212,9 +236,16 @@ def _opened(optuna: Any, storage: str | os.PathLike[str]) -> Any:
 def _database(optuna: Any, url: str) -> Any:
     sqlalchemy: Any = importlib.import_module("sqlalchemy")
     shown = f"{url.partition('://')[0]}://..."  # the rest may hold a password
+    # Another process may write for long on a busy machine.
+    waits = {"connect_args": {"timeout": _WAIT_S}} if url.startswith("sqlite") else None
     try:
         shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-        return optuna.storages.RDBStorage(url)
+        for pause in _PAUSES_S:
+            try:
+                return optuna.storages.RDBStorage(url, engine_kwargs=waits)
+            except sqlalchemy.exc.SQLAlchemyError:  # two that begin a database at once make the same tables
+                time.sleep(pause)
+        return optuna.storages.RDBStorage(url, engine_kwargs=waits)
     except ImportError as error:
         raise TuningError(f"{shown}: the database needs a package that is missing: {error}") from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ValueError) as error:

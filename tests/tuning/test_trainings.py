@@ -1,11 +1,13 @@
 """Candidates that are trained: what they find beside candidates that are not, what a run goes on from, and Optuna."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import socket
+import sqlite3
 import subprocess
 import sys
 
@@ -291,6 +293,32 @@ def test_a_database_that_cannot_be_used_is_told_without_its_password(optuna, url
     with pytest.raises(TuningError, match=said) as error:
         Study("s", RANGES, FIRST, storage=url)
     assert "secret" not in str(error.value)
+
+
+def test_two_that_begin_a_database_at_once_both_open_it(optuna, tmp_path, monkeypatch):
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    begin, tries = optuna.storages.RDBStorage.__init__, []
+
+    def raced(self, *args, **kwargs):
+        tries.append(1)
+        begin(self, *args, **kwargs)  # what the other made
+        if len(tries) == 1:
+            raise sqlalchemy.exc.OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", raced)
+    assert Study("s", RANGES, FIRST, storage=f"sqlite:///{tmp_path}/s.db").ask().settings == FIRST[0]
+    assert len(tries) == 2
+
+
+def test_a_database_that_is_gone_is_told_in_a_line(optuna, tmp_path):
+    study = Study("s", RANGES, FIRST, storage=f"sqlite:///{tmp_path}/s.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database:
+        database.execute("DROP TABLE trials")
+    with pytest.raises(
+        TuningError, match=r"storage of trained candidates cannot be used any more: .*no such table"
+    ) as e:
+        study.ask()
+    assert "\n" not in str(e.value)
 
 
 def test_channels_are_removed_where_there_are_some():
