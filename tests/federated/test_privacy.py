@@ -20,13 +20,13 @@ MODEL = lx.train.Model.of(fleets.program())
 
 
 @functools.cache
-def compiled(privacy, noise):
+def compiled(privacy, noise, rate):
     settings = Federation(privacy=privacy)
     loss = lx.train.supervised(MODEL)
-    return jax.jit(make_local_round(MODEL, loss, optax.sgd(fleets.RATE), settings, noise=noise))
+    return jax.jit(make_local_round(MODEL, loss, optax.sgd(rate), settings, noise=noise))
 
 
-def private(privacy, noise, rows, key=0, capacity=None):
+def private(privacy, noise, rows, key=0, capacity=None, rate=fleets.RATE):
     """The change of one client's round, by path."""
     count = len(rows["label"])
     padded = {
@@ -34,7 +34,7 @@ def private(privacy, noise, rows, key=0, capacity=None):
         for name, column in rows.items()
     }
     data = {"rows": padded, "count": jnp.int32(count)}
-    return compiled(privacy, noise)(MODEL.weights, data, jax.random.key(key))
+    return compiled(privacy, noise, rate)(MODEL.weights, data, jax.random.key(key))
 
 
 def clipped_sum(rows, bound):
@@ -78,14 +78,18 @@ def test_noise_has_its_standard_deviation():
 
 
 def test_each_step_draws_its_rows_by_chance():
-    """Without noise the mean of many small steps is that of all rows; a fixed number of rows would have less spread."""
-    rows = fleets.table(200)
+    """The mean over many rounds is that of all rows, whatever the share; a round with all rows has no spread."""
+    rows, rate, steps = fleets.table(200), 1e-3, 5
     privacy = Privacy(share=0.2, clip_norm=10.0)
-    found = np.stack([np.asarray(private(privacy, 0.0, rows, key=key)[0]["head"]) for key in range(40)])
-    assert found.std(0).max() > 0
-    steps = 5
-    expected = -fleets.RATE * steps * clipped_sum(rows, 10.0)["head"] / 200
-    np.testing.assert_allclose(found.mean(0), expected, atol=0.15)
+    found = np.stack([np.asarray(private(privacy, 0.0, rows, key=key, rate=rate)[0]["body"]) for key in range(60)])
+    expected = -rate * steps * clipped_sum(rows, 10.0)["body"] / 200
+    error = found.std(0) / np.sqrt(60)
+    assert (np.abs(found.mean(0) - expected) < 4 * error + 1e-6).all()
+    assert error.max() < 0.1 * np.abs(expected).max()
+    # Of a row's gradient in one step: q (1 - q) of its square, by steps.
+    grads = fleets.gradients(fleets.start(), rows)["body"]
+    spread = rate * np.sqrt(steps * 0.2 * 0.8 * np.square(grads).sum(0)) / (0.2 * 200)
+    np.testing.assert_allclose(found.std(0), spread, rtol=0.5)
 
 
 def gaussian_delta(noise, spent):

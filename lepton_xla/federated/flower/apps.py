@@ -183,6 +183,9 @@ class Carrier:
         waiting = set(chosen)
         for reply in self._grid.send_and_receive(tasks, timeout=self._round_s):
             node = reply.metadata.src_node_id
+            if reply.has_error() and node not in waiting:  # of Flower's server, about a node that it does not name
+                LOG.warning("a message of round %d was not answered: %s", round_ + 1, reply.error.reason)
+                continue
             waiting.discard(node)
             if reply.has_error():
                 yield str(node), f"Flower says: {reply.error.reason or reply.error.code}"[:300]
