@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 from urllib.parse import unquote
 
@@ -172,6 +172,27 @@ class RemoteRepository(Repository):
         yield
 
     # The copy.
+
+    def replan(self, name: str, change: Callable[[Plan, Found], Plan]) -> Plan:
+        """As `Repository.replan`, for what needs nobody to carry it out: shares that stay.
+
+        Raises:
+            RepositoryError: also `invalid` for a rollout that begins, or a bandit.
+        """
+
+        def stays(plan: Plan, found: Found) -> Plan:
+            after = change(plan, found)
+            begins = after.rollout is not None and after.rollout.running and after.rollout != plan.rollout
+            if begins or after.traffic.bandit is not None:
+                what = "rollouts are" if begins else "bandits are"
+                raise RepositoryError(
+                    "invalid",
+                    f"{self.location}: {what} carried out by a server of a repository in a folder; in an object store "
+                    "set shares with leptonx traffic, and change them by hand",
+                )
+            return after
+
+        return super().replan(name, stays)
 
     def find_base(self, name: str, version: str) -> pathlib.Path | None:
         """As `Repository.find_base`; the artifact is in the copy, because `scan` fetched it with the version."""

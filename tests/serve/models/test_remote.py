@@ -7,9 +7,12 @@ import fsspec
 import pytest
 from fake_artifacts import is_whole, make_artifact
 
+from lepton_xla.cli import _traffic
 from lepton_xla.errors import ArtifactError, RepositoryError
+from lepton_xla.serve.models.plans import with_rollout
 from lepton_xla.serve.models.remote import RemoteRepository, open_repository
 from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.protocol.traffic import Plan, RolloutRequest
 
 
 @pytest.fixture
@@ -225,3 +228,23 @@ def test_addresses(tmp_path, monkeypatch):
     with pytest.raises(RepositoryError, match=r"lepton-xla\[remote\]") as caught:
         open_repository("dropbox://a")  # fsspec knows it, and its package is not there
     assert caught.value.kind == "invalid"
+
+
+def test_what_a_server_of_a_folder_carries_out_is_refused(repository, artifact):
+    """A rollout in an object store would stand at its first stage for ever."""
+    for _ in range(2):
+        repository.push(artifact, "m")
+    repository.promote("m", "1")
+    shares = {"1": 0.5, "2": 0.5}
+    with pytest.raises(RepositoryError, match="memory://bucket/models: rollouts are carried out by a server of a rep"):
+        _traffic.started(repository, "m", {"version": "2"})
+    with pytest.raises(RepositoryError, match="bandits are carried out"):
+        _traffic.changed(repository, "m", {"shares": shares, "bandit": {}})
+    assert repository.find("m").plan == Plan()
+    assert _traffic.changed(repository, "m", {"shares": shares})["traffic"]["shares"] == shares
+    # One that somebody has put there can be stopped.
+    _traffic.changed(repository, "m", {})
+    Repository.replan(
+        repository, "m", lambda plan, found: with_rollout(plan, found, RolloutRequest(version="2"), "x", 1)
+    )
+    assert _traffic.stopped(repository, "m")["state"] == "stopped"
