@@ -21,6 +21,8 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 PUBLIC = [
     "lepton_xla",
+    "lepton_xla.adapters",
+    "lepton_xla.compiler",
     "lepton_xla.data",
     "lepton_xla.evaluation",
     "lepton_xla.explanation",
@@ -36,6 +38,7 @@ PUBLIC = [
     "lepton_xla.serve.client",
     "lepton_xla.sharding",
     "lepton_xla.train",
+    "lepton_xla.train.compression",
     "lepton_xla.train.distillation",
     "lepton_xla.trust",
     "lepton_xla.tuning",

@@ -65,7 +65,12 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         )
 
     def with_kernels(self) -> Fingerprint:
-        """The fingerprint of code for the same target that calls kernels of this version."""
+        """The fingerprint of code for the same target that calls kernels of this version.
+
+        >>> here = Fingerprint.of()
+        >>> here.with_kernels().platform == here.platform, here.with_kernels() == here
+        (True, False)
+        """
         return msgspec.structs.replace(self, kernels=str(INTERFACE))
 
     def among(self, digests: Container[str]) -> Fingerprint:

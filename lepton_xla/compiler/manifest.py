@@ -257,6 +257,16 @@ class Manifest(_Struct, frozen=True, kw_only=True):
         created: time of making, UTC, ISO 8601.
         files: every other file of the artifact.
         sha256: digest of this manifest as compact JSON with this field empty, to detect damage to the manifest itself.
+
+    >>> program = lx.trace(lambda w, x: x @ w["w"], {"w": jnp.eye(4)}, {"x": lx.TensorSpec(("batch", 4), "float32")})
+    >>> manifest = lx.compile(program, {"batch": (1, 8)}, name="tiny").save("tiny.lepton")
+    >>> manifest.name, manifest.buckets, manifest.is_update, len(manifest.all_programs)
+    ('tiny', {'batch': (1, 8)}, False, 1)
+    >>> inputs, outputs = manifest.signature()
+    >>> inputs == manifest.input_specs(), outputs == manifest.output_specs(), list(outputs)
+    (True, True, ['output'])
+    >>> 0 < sum(manifest.disk_bytes()) < manifest.size_bytes  # the weights' files, and all files
+    True
     """
 
     schema: int

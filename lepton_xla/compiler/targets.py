@@ -37,6 +37,10 @@ class Target(msgspec.Struct, frozen=True):
         name: the target.
         route: `executables`, or `stablehlo` if loading compiles the portable program there.
         reason: why not executables; empty for those.
+
+    >>> from lepton_xla.compiler import Target
+    >>> Target("aarch64", "stablehlo", "there is no compiler for it here").route
+    'stablehlo'
     """
 
     name: str
