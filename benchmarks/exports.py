@@ -128,7 +128,8 @@ def page(result: Mapping[str, Any]) -> str:
             "The largest absolute difference between the answers of an artifact and of what `leptonx export` made of "
             f"it, on {ROWS} rows of the model's data, and the largest value of its outputs. Exported files were read "
             "again from the disk, and run by JAX alone, by TensorFlow, and by LiteRT's interpreter. With "
-            "`measure = false` in `int8`, all products that can be are of integers."
+            "`measure = false` in `int8`, all products that can be are of integers; there, a last bit that another "
+            "framework rounds otherwise can move a code."
         ),
         table(result["rows"]),
         harness.provenance(result["run"]),

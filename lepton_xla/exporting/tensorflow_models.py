@@ -48,10 +48,7 @@ def write_tflite(model: PortableModel, path: pathlib.Path) -> Any:
         try:
             converted = tf.lite.TFLiteConverter.from_saved_model(folder).convert()
         except Exception as error:  # the converter's own, and ValueError
-            raise UnsupportedError(
-                f"tflite: LiteRT cannot hold {model.servable.name!r}: {_said(error)}. It has no integer products of "
-                "what is rounded while it runs: export a float model, or one with int8 weights only"
-            ) from error
+            raise UnsupportedError(f"tflite: LiteRT cannot hold {model.servable.name!r}: {_said(error)}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(converted)
 
