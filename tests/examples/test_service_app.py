@@ -29,7 +29,8 @@ def app(monkeypatch):
         monkeypatch.syspath_prepend(str(folder))
     for name in PARTS:
         sys.modules.pop(name, None)
-    with jax.numpy_rank_promotion("allow"):  # the example is written as users write
+    # The example is written as users write.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield {name: importlib.import_module(name) for name in PARTS}
     for name in PARTS:
         sys.modules.pop(name, None)
@@ -193,7 +194,7 @@ def test_in_a_browser_a_question_is_answered_word_by_word(browser, page):
 
 
 @pytest.mark.slow
-def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch, request):
+def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch):
     monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
     figures = app["run"].main(["--quick"])
     assert figures["accuracy"] >= 0.9
