@@ -118,6 +118,7 @@ def test_the_least_noise_keeps_the_budget():
         calibrate_noise(Federation(privacy=Privacy(epsilon=1e-4, share=1.0)), 10)
 
 
+@pytest.mark.slow
 def test_a_simulation_reports_what_it_costs():
     pytest.importorskip("dp_accounting")
     settings = Federation(rounds=4, participation=0.5, privacy=Privacy(epsilon=99.0, share=0.5, noise=1.0))

@@ -84,9 +84,9 @@ def by_hand(spec, clients, settings, rounds, noise=0.0):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"updates": "float32", "rule": "adam", "alpha": 0.1},
+        pytest.param({"updates": "float32", "rule": "adam", "alpha": 0.1}, marks=pytest.mark.slow),
         {"updates": "int8", "personal": ("head",)},
-        {"updates": "int4", "rule": "momentum", "most_norm": 0.2},
+        pytest.param({"updates": "int4", "rule": "momentum", "most_norm": 0.2}, marks=pytest.mark.slow),
         {"updates": "top-k", "kept": 0.2, "proximal": 0.1},
         {"privacy": Privacy(epsilon=1e6, noise=0.5, share=0.5)},
     ],
@@ -110,6 +110,7 @@ def test_the_simulation_computes_what_clients_do(changes, monkeypatch):
         np.testing.assert_array_equal(result.program_of(2).weights["head"], heads[2])
 
 
+@pytest.mark.slow
 def test_it_learns_with_ten_and_with_fifty_clients():
     held_out = fleets.table(200, seed=9)
 
