@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,7 @@ def make_client_app() -> Any:
 
     @app.train()
     def train(message: Any, context: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+        _end_with_parent()
         return answer_message(message, context)
 
     return app
@@ -122,6 +124,7 @@ def make_server_app() -> Any:
 
     @app.main()
     def main(grid: Any, context: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        _end_with_parent()
         run_server(grid, context)
 
     return app
@@ -206,6 +209,21 @@ class Carrier:
         count = max(self._settings.least_clients, math.ceil(self._settings.participation * len(nodes)))
         random = np.random.default_rng([self._settings.seed, 1, round_])
         return sorted(int(node) for node in random.permutation(np.asarray(nodes, np.uint64))[:count])
+
+
+def _end_with_parent() -> None:
+    """End this process when Flower's, which started it in a session of its own, was killed.
+
+    Otherwise it would hold the folder of its training until Flower's client library gives up.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lepton-parent", daemon=True).start()
 
 
 def _append(path: pathlib.Path, done: RoundReport) -> None:
