@@ -67,7 +67,7 @@ def test_a_shift_is_told_and_learned(modules, tmp_path):
     def score(answer, known):
         return float((answer["output"].argmax(-1) == np.array(known)).mean())
 
-    plan = loop.Plan(ask, score, "three is added", range(1 << 20, (1 << 20) + 20), calm=70, learned=120, patience=150)
+    plan = loop.Plan(ask, score, "three is added", range(1 << 20, (1 << 20) + 20), calm=70, learned=120)
     found = loop.tuned(f"{file}:model", tmp_path, "tiny", "--max-drop", 3, "--trials", 1)
     assert lx.load(tmp_path / "tiny.lepton").manifest.recipe["name"] == found["best"]["name"] == "int8"
     np.savez(tmp_path / "one.npz", x=np.zeros((1, 8), np.float32))
@@ -77,7 +77,7 @@ def test_a_shift_is_told_and_learned(modules, tmp_path):
     )  # fmt: skip
     assert not lived["false_alarm"]
     assert lived["alert"]
-    assert 0 < lived["alert_rows"] <= 150 * loop.ROWS
+    assert lived["alert_rows"] > 0
     assert lived["clean_before"] > 0.9
     assert lived["shifted_before"] < 0.7
     assert lived["round"] == "promoted"
