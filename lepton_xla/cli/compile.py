@@ -113,7 +113,7 @@ def compile(
         from lepton_xla import compiler, explanation
         from lepton_xla.cli import _arrays, _models
         from lepton_xla.compiler.buckets import check_bucket_sizes
-        from lepton_xla.compiler.manifest import check_name
+        from lepton_xla.compiler.names import check_name
         from lepton_xla.compiler.targets import add_targets, check_targets
         from lepton_xla.errors import CompileError
         from lepton_xla.optimization.pipeline import apply_plan, plan_for

@@ -342,7 +342,7 @@ def finish(
     }
     if output is not None:
         from lepton_xla import compiler
-        from lepton_xla.compiler.manifest import check_name
+        from lepton_xla.compiler.names import check_name
 
         name = check_name(pathlib.PurePath(output).name.removesuffix(".lepton"))
         sizes = dict.fromkeys(result.program.symbols, (1, 8, 32)) | {**spec.buckets, **buckets}

@@ -166,7 +166,7 @@ def train(
 
 def _write(program: Any, buckets: dict[str, tuple[int, ...]], output: str, *, overwrite: bool) -> None:
     from lepton_xla import compiler
-    from lepton_xla.compiler.manifest import check_name
+    from lepton_xla.compiler.names import check_name
 
     name = check_name(pathlib.PurePath(output).name.removesuffix(".lepton"))
     compiler.compile(program, buckets, name=name).save(output, overwrite=overwrite)

@@ -161,7 +161,7 @@ def tune(
         step("load JAX")
         from lepton_xla import compiler
         from lepton_xla.cli import _models
-        from lepton_xla.compiler.manifest import check_name
+        from lepton_xla.compiler.names import check_name
         from lepton_xla.train import TrainSpec
         from lepton_xla.trust.keys import signing_key
         from lepton_xla.tuning import Budget, Constraints

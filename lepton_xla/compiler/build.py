@@ -30,8 +30,9 @@ from lepton_xla.compiler.flattening import Flat, compile_flat, flat_functions
 from lepton_xla.compiler.generating import check_generation, check_steps, compile_steps, entry_of, part
 from lepton_xla.compiler.golden import Golden
 from lepton_xla.compiler.independence import Checked, check_padding, check_rows, default_tolerance, product_dtypes
-from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor, check_name
+from lepton_xla.compiler.manifest import EXPAND, SCHEMA, ExecutableSet, Manifest, Tensor
 from lepton_xla.compiler.masters import Master
+from lepton_xla.compiler.names import check_name
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,6 +11,7 @@ from lepton_xla.certificates import Certificate
 from lepton_xla.compiler.buckets import check_bucket_sizes
 from lepton_xla.compiler.devices import MeshEntry, Spec
 from lepton_xla.compiler.fingerprint import Fingerprint
+from lepton_xla.compiler.names import check_name
 from lepton_xla.conversion.steps import Summary
 from lepton_xla.errors import ArtifactError, LeptonError
 from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, check_files, sealing_digest
@@ -30,7 +30,6 @@ TOKENIZER = "tokenizer.json"
 EXPAND = "expand"
 # What is in them is a program, not what was learned, and is never encrypted.
 OPEN_FOLDERS = ("programs/", "executables/")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -407,21 +406,6 @@ def prefill_name(bucket: str) -> str:
 def row_file(row: int) -> str:
     """The file that holds a row of the packed array."""
     return f"{PACKED}/c/{row}/0"
-
-
-def check_name(name: str) -> str:
-    """Return the name if it is valid for a model.
-
-    Raises:
-        ArtifactError: if it is not.
-
-    >>> check_name("a/b")
-    Traceback (most recent call last):
-    lepton_xla.errors.ArtifactError: model name 'a/b': use letters, digits, '.', '_' and '-', at most 128, not '.' first
-    """
-    if not _NAME.fullmatch(name):
-        raise ArtifactError(f"model name {name!r}: use letters, digits, '.', '_' and '-', at most 128, not '.' first")
-    return name
 
 
 def _encode_scalar(value: Any) -> Any:

@@ -18,8 +18,9 @@ from lepton_xla.compiler.artifact import Artifact
 from lepton_xla.compiler.build import made_by
 from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.golden import Golden
-from lepton_xla.compiler.manifest import Manifest, check_name
+from lepton_xla.compiler.manifest import Manifest
 from lepton_xla.compiler.masters import Master
+from lepton_xla.compiler.names import check_name
 from lepton_xla.compiler.opening import open_files, read_manifest
 from lepton_xla.compiler.storage import Store, consistently
 from lepton_xla.errors import ArtifactError

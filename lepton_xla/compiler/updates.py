@@ -23,8 +23,8 @@ from lepton_xla.compiler.fitting import check_fit, check_weights, fit_digest
 from lepton_xla.compiler.flattening import flat_functions
 from lepton_xla.compiler.generating import export_steps, part
 from lepton_xla.compiler.golden import Golden
-from lepton_xla.compiler.manifest import check_name
 from lepton_xla.compiler.masters import Master
+from lepton_xla.compiler.names import check_name
 from lepton_xla.compiler.opening import open_files, read_manifest
 from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.reading import read_all
