@@ -153,4 +153,5 @@ def test_without_extras_artifacts_are_loaded_and_served(built, demo, environment
                 assert json.load(answer)["outputs"][0]["shape"] == [1, 10]
         finally:
             server.terminate()
+            server.communicate(timeout=60)  # it says that it stopped, which has to be read
     assert server.returncode == 0
