@@ -339,6 +339,7 @@ class _Search:
                 return
             self._trained(study, candidates, trainer, f"training {study.count + 1}")
             self.trials |= study.done  # those of other processes too
+        self.trials |= study.done  # what another process ended since
 
     def _trained(self, study: Study, candidates: Candidates, trainer: Trainer, number: str) -> None:
         asked = study.ask()
