@@ -38,6 +38,8 @@ def test_a_command_teaches_by_example_and_takes_json(cli, name):
     found = command(name)
     assert found.name == name
     for runs in found.commands.values() if isinstance(found, click.Group) else [found]:
+        if (name, runs.name) == ("federate", "client"):  # it runs until it is ended, and prints nothing
+            continue
         assert any("--json" in option.opts for option in runs.params)
 
 

@@ -82,6 +82,8 @@ COMPILED = {
     "explanation": "a-explain.lepton",
     "metrics": {"float": {"accuracy": 0.9712345}, "optimized": {"accuracy": 0.9701234}}, "optimize_s": 1.0,
     "compile_s": 2.0, "compile_s_by_bucket": {"batch=1,seq=128": 1.0},
+    "targets": [{"name": "cpu-avx2", "reason": ""},
+                {"name": "aarch64", "reason": "the compiler in this package makes code for x86-64 alone"}],
 }  # fmt: skip
 SITE = {"site": "encoder/layers/3/query", "weight": "encoder/layers/3/query",
         "sites": ["encoder/layers/3/query", "decoder/layers/3/query"], "kind": "dot",

@@ -74,7 +74,8 @@ def test_it_counts_for_the_version_that_answered(tmp_path, made):
         finally:
             for each in asking:
                 each.stop()
-        ids = {version: [each for one in asking for each in one.answered[version]] for version in "123"}
+        # Fewer than the rows that one body may have.
+        ids = {version: [each for one in asking for each in one.answered[version][-100:]] for version in "123"}
         together = [each for some in ids.values() for each in some]
         assert told(server, together) == (200, {"rows": len(together)})
         assert told(server, together) == (200, {"rows": len(together)})  # again: not counted again

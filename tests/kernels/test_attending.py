@@ -134,7 +134,7 @@ def digest():
 
 
 def test_the_number_of_threads_changes_nothing(kernels):
-    script = ON_ONE_CORE.format(here=here(), module="test_attention")
+    script = ON_ONE_CORE.format(here=here(), module="test_attending")
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == digest()
 
