@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,11 +16,11 @@ from lepton_xla.federated.client_rounds import Client
 from lepton_xla.federated.local_rounds import private_steps
 from lepton_xla.federated.members import Answer, digest_of
 from lepton_xla.federated.results import Result, RoundReport
+from lepton_xla.federated.saved_rounds import load_rounds, save_rounds
 from lepton_xla.federated.settings import Federation
 from lepton_xla.federated.specs import FederatedSpec
 from lepton_xla.train.checkpoints import CheckpointFolder
 from lepton_xla.train.evaluations import Evaluation, Predictor
-from lepton_xla.trees import abstract
 
 type Ask = Callable[[int, np.ndarray], Iterable[tuple[str, Answer | str]]]
 """`ask(round, vector) -> (client, its answer, or why there is none)`, each as it comes."""
@@ -86,7 +84,7 @@ class Coordinator:
             done = self._advance(ask)
             failures = 0 if done.clients >= self._settings.least_clients else failures + 1
             if folder is not None:
-                folder.save(self._state.round, jax.tree.map(jnp.asarray, self._saved()), self._extra())
+                save_rounds(folder, self._state, self._reports, self._taken)
                 folder.wait()  # a round costs its clients more than this costs the server
             if report is not None:
                 report(done)
@@ -152,18 +150,8 @@ class Coordinator:
         most = max(self._taken.values(), default=0)
         return epsilon(self._settings.privacy, self._noise, most * private_steps(self._settings))
 
-    def _saved(self) -> dict[str, Any]:
-        return {"weights": self._state.weights, "first": self._state.first, "second": self._state.second}
-
-    def _extra(self) -> dict[str, Any]:
-        return {"rounds": [each.to_dict() for each in self._reports], "taken": self._taken}
-
     def _resume(self, folder: CheckpointFolder) -> None:
-        latest = folder.latest()
-        if latest is None:
-            return
-        about = folder.about(latest)
-        found = jax.tree.map(np.asarray, folder.restore(latest, abstract(self._saved())))
-        self._state = ServerState(latest, found["weights"], found["first"], found["second"])
-        self._taken = dict(about["taken"])
-        self._reports = [RoundReport.of(each) for each in about["rounds"]]
+        found = load_rounds(folder, self._state)
+        if found is not None:
+            self._state, self._reports, taken, _ = found
+            self._taken = dict(taken)

@@ -22,12 +22,12 @@ from lepton_xla.federated.local_rounds import make_local_round, private_steps
 from lepton_xla.federated.participation import most_participants, most_participations, participants
 from lepton_xla.federated.partitions import Rows, stack
 from lepton_xla.federated.results import Result, RoundReport
+from lepton_xla.federated.saved_rounds import load_rounds, save_rounds
 from lepton_xla.federated.settings import Federation
 from lepton_xla.federated.specs import FederatedSpec
 from lepton_xla.train.checkpoints import CheckpointFolder, Checkpoints
 from lepton_xla.train.evaluations import Evaluation, Predictor
 from lepton_xla.train.preemption import Preempted, Preemption
-from lepton_xla.trees import abstract
 
 _AXIS = "clients"
 
@@ -248,24 +248,14 @@ class Simulation:
         }  # fmt: skip
         return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in named.items()}
 
-    def _saved(self) -> dict[str, Any]:
-        state = self._state
-        return {"weights": state.weights, "first": state.first, "second": state.second, "kept": self._kept}
-
     def _save(self, folder: CheckpointFolder) -> None:
-        extra = {"rounds": [each.to_dict() for each in self._reports], "taken": self._taken.tolist()}
-        folder.save(self._state.round, jax.tree.map(jnp.asarray, self._saved()), extra)
+        save_rounds(folder, self._state, self._reports, self._taken.tolist(), kept=self._kept)
 
     def _resume(self, folder: CheckpointFolder) -> None:
-        latest = folder.latest()
-        if latest is None:
-            return
-        about = folder.about(latest)
-        found = jax.tree.map(np.asarray, folder.restore(latest, abstract(self._saved())))
-        self._state = ServerState(latest, found["weights"], found["first"], found["second"])
-        self._kept = found["kept"]
-        self._taken = np.asarray(about["taken"], np.int64)
-        self._reports = [RoundReport.of(each) for each in about["rounds"]]
+        found = load_rounds(folder, self._state, kept=self._kept)
+        if found is not None:
+            self._state, self._reports, taken, arrays = found
+            self._taken, self._kept = np.asarray(taken, np.int64), arrays["kept"]
 
 
 def _put(everyone: np.ndarray, chosen: np.ndarray, new: np.ndarray) -> np.ndarray:
