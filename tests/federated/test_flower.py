@@ -212,20 +212,30 @@ def own_cache():
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.mark.usefixtures("own_cache")
-def test_apps_of_flower_carry_a_training(tmp_path, monkeypatch):
+@pytest.fixture
+def target(own_cache, tmp_path, monkeypatch):
+    """A spec in a file, and Flower's apps as if one task of Flower ran them all."""
     pytest.importorskip("flwr")
     identity = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(identity, name, 1)
-
-    from lepton_xla.federated.flower import apps
-
     (tmp_path / "net.py").write_text(
         f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
         "import fleets\nspec = fleets.spec().replace(rows=fleets.table(25))\n"
     )
-    target = f"{tmp_path / 'net.py'}:spec"
+    return f"{tmp_path / 'net.py'}:spec"
+
+
+def config_of(target, settings, folder):
+    return {
+        "target": target, "settings": settings.to_json(), "folder": str(folder), "clients": 3, "wait_s": 1.0,
+        "round_s": 60.0,
+    }  # fmt: skip
+
+
+def test_apps_of_flower_carry_a_training(tmp_path, target):
+    from lepton_xla.federated.flower import apps
+
     contexts = three(target, tmp_path)
 
     def spoil(node, reply):
@@ -234,10 +244,7 @@ def test_apps_of_flower_carry_a_training(tmp_path, monkeypatch):
 
             reply.content["update"]["codes"] = Array(ndarray=np.zeros(10**6, np.int8))
 
-    config = {
-        "target": target, "settings": SETTINGS.to_json(), "folder": str(tmp_path), "clients": 3, "wait_s": 1.0,
-        "round_s": 60.0,
-    }  # fmt: skip
+    config = config_of(target, SETTINGS, tmp_path)
     apps.run_server(Grid(contexts, spoil), context(run_config=config))
     assert json.loads((tmp_path / "outcome.json").read_text()) == {"error": None}
     rounds = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
@@ -252,25 +259,12 @@ def test_apps_of_flower_carry_a_training(tmp_path, monkeypatch):
     assert outcome["error"].startswith("1 of 3 clients are connected after 0 s")
 
 
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("gone", [(), (2,)])
-def test_a_secure_sum_is_the_plain_one_within_its_step(tmp_path, monkeypatch, gone):
-    pytest.importorskip("flwr")
-    identity = importlib.import_module("flwr.supercore.task_identity").TaskIdentity
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(identity, name, 1)
+def test_a_secure_sum_is_the_plain_one_within_its_step(tmp_path, target, gone):
     from lepton_xla.federated.flower import apps, secure
 
-    (tmp_path / "net.py").write_text(
-        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
-        "import fleets\nspec = fleets.spec().replace(rows=fleets.table(25))\n"
-    )
-    target = f"{tmp_path / 'net.py'}:spec"
     settings = Federation(rounds=1, batch_rows=8, secure=True, most_rows=16, most_norm=2.0)
-    config = {
-        "target": target, "settings": settings.to_json(), "folder": str(tmp_path), "clients": 3, "wait_s": 1.0,
-        "round_s": 60.0,
-    }  # fmt: skip
+    config = config_of(target, settings, tmp_path)
     grid = Grid(three(target, tmp_path), gone=gone)
     server = context(run_config=config)
     apps.run_server(grid, server)
