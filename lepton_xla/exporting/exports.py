@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.compiler.exchange import exchange
 from lepton_xla.compiler.portable_model import PortableModel
 from lepton_xla.errors import ArtifactError, InputError, UnsupportedError
 from lepton_xla.exporting import stablehlo, tensorflow_models
@@ -99,15 +100,21 @@ def export(
     inputs = _drawn(model) if rows is None else {name: np.asarray(value) for name, value in rows.items()}
     _check_sizes(model, inputs)
     expected = model.servable.compute(**inputs)
-    if os.path.lexists(target):
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
     try:
-        run = _WRITERS[to](model, target)
-        found = run(inputs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # What is there stays until the new is whole and its answers were compared.
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+            written = pathlib.Path(folder) / "new"
+            found = _WRITERS[to](model, written)(inputs)
+            if set(found) != set(expected):
+                raise UnsupportedError(f"{to}: outputs are {sorted(found)}, and should be {sorted(expected)}")
+            if not os.path.lexists(target):
+                written.rename(target)
+            elif not exchange(written, target):
+                target.rename(pathlib.Path(folder) / "old")
+                written.rename(target)
     except OSError as error:
         raise ArtifactError(f"{target} cannot be written: {error.strerror or error}") from error
-    if set(found) != set(expected):
-        raise UnsupportedError(f"{to}: outputs are {sorted(found)}, and should be {sorted(expected)}")
     return Export(
         to,
         str(target),

@@ -26,7 +26,7 @@ def write(model: PortableModel, path: pathlib.Path) -> Any:
         The function that runs what is in the folder.
     """
     module = model.module()
-    path.mkdir(parents=True)
+    path.mkdir()
     offset = 0
     weights: list[dict[str, Any]] = []
     with (path / WEIGHTS).open("wb") as file:

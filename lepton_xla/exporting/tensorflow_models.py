@@ -49,7 +49,6 @@ def write_tflite(model: PortableModel, path: pathlib.Path) -> Any:
             converted = tf.lite.TFLiteConverter.from_saved_model(folder).convert()
         except Exception as error:  # the converter's own, and ValueError
             raise UnsupportedError(f"tflite: LiteRT cannot hold {model.servable.name!r}: {_said(error)}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(converted)
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -116,6 +116,35 @@ def test_what_cannot_be_exported_is_refused_by_name(folder, tmp_path, monkeypatc
         lx.export(fixed_sizes, tmp_path / "out", "stablehlo")
 
 
+def test_what_is_there_stays_until_the_new_is_whole(folder, tmp_path, monkeypatch):
+    artifact, target = folder / "float.lepton", tmp_path / "below" / "out"
+    target.mkdir(parents=True)
+    (target / "mine").write_text("mine")
+
+    def fails(error):
+        def write(model, path):
+            path.mkdir()
+            (path / "half").write_text("half")
+            raise error
+
+        return write
+
+    full, lacking = OSError(28, "No space left on device"), lx.UnsupportedError("an operation is not there")
+    for error, kind in ((full, lx.ArtifactError), (lacking, lx.UnsupportedError)):
+        monkeypatch.setitem(exports._WRITERS, "stablehlo", fails(error))
+        with pytest.raises(kind):
+            lx.export(artifact, target, "stablehlo", overwrite=True)
+        assert (target / "mine").read_text() == "mine"
+        assert [path.name for path in target.parent.iterdir()] == ["out"]
+    monkeypatch.undo()
+    for renames in (True, False):  # and where the system cannot exchange two paths
+        if not renames:
+            monkeypatch.setattr(exports, "exchange", lambda first, second: False)
+        lx.export(artifact, target, "stablehlo", overwrite=True)
+        assert "mine" not in {path.name for path in target.iterdir()}
+        assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
 def test_the_command_prints_differences(folder, tmp_path):
     def run(*args):
         return CliRunner().invoke(main, [str(arg) for arg in args])
