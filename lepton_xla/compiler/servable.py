@@ -194,10 +194,21 @@ class Servable:
     def bind(
         self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]
     ) -> Callable[[], list[Shaped[np.ndarray, "*_"]]] | None:
-        """Return a function that runs one bucket on what these arrays hold when it is called, which saves handing them
-        over each time.
+        """Return a function that runs one bucket on what these arrays hold when it is called.
 
-        None where the device does not read them in place: only a CPU does, and only what starts on a 64-byte boundary.
+        It saves handing them over each time.
+
+        Args:
+            sizes: of each symbol, those of a bucket.
+            arrays: of exactly the shapes and dtypes of the bucket, in the order of the inputs.
+
+        Returns:
+            The function, whose outputs are read-only and in order; None where the device does not read the arrays in
+            place: only a CPU does, and only what starts on a 64-byte boundary.
+
+        Raises:
+            KeyError: if there is no such bucket.
+            InputError: if an array has another shape or dtype.
 
         >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
         >>> memory = np.zeros(64 + 16, np.uint8)
