@@ -59,6 +59,15 @@ buckets_option = click.option(
     help="Compile for these sizes of a symbolic dimension, such as batch=1,8,32. Overrides the ModelSpec for that "
     "dimension. Repeatable.",
 )
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+_output_option = click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
+
+
+def artifact_options[**P, R](command: Callable[P, R]) -> Callable[P, R]:
+    """The options of a command that trains, and can write what it trained: --buckets, -o, --overwrite."""
+    return buckets_option(_output_option(overwrite_option(command)))
+
+
 golden_option = click.option(
     "--golden",
     metavar="FILE.npz",

@@ -90,9 +90,7 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
 @settings_options
 @click.option("--secure", is_flag=True, help="Refuse what secure aggregation would; the sum itself is the same.")
 @click.option("--checkpoint", metavar="FOLDER", help="Save the run here after each round, and go on with what is here.")
-@_common.buckets_option
-@click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@_common.artifact_options
 @_common.json_option
 def simulate(
     target: str,
@@ -169,9 +167,7 @@ def simulate(
 @click.option(
     "--secure", is_flag=True, help="The server learns only the sum of the updates (SecAgg+); with float32 updates."
 )
-@_common.buckets_option
-@click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@_common.artifact_options
 @_common.json_option
 def server(
     target: str,

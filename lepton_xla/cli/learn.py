@@ -60,7 +60,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 )
 @click.option("--direct", is_flag=True, help="Promote as soon as the version is loaded, without a rollout.")
 @click.option("-o", "--output", metavar="NAME.lepton", help="Without --server: where to write the artifact.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@_common.overwrite_option
 @click.option("--plot", metavar="FILE.png", help="Draw accuracy over time; needs lepton-xla[plot].")
 @click.option("--key", metavar="FILE", help="Sign the result with this private key, for `leptonx serve --trust`.")
 @click.option(

@@ -40,9 +40,7 @@ from lepton_xla.cli import _common
 @click.option("--seed", type=int, help="Seed of dropout and the like; by default 0.")
 @click.option("--log", metavar="FILE.jsonl", help="Append metrics to this file.")
 @click.option("--tensorboard", metavar="FOLDER", help="Write TensorBoard events; needs tensorboardX.")
-@_common.buckets_option
-@click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@_common.artifact_options
 @_common.json_option
 def train(
     target: str,

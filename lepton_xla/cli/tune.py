@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Sign the artifact, and with it the certificate that it has, with this private key.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@_common.overwrite_option
 @click.option("--points", metavar="FOLDER", help="Write the recipe of every point of the frontier into this folder.")
 @click.option(
     "--slo",
