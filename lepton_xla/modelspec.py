@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -44,7 +45,7 @@ class ModelSpec:
 
     Attributes:
         inputs: name -> spec, in call order.
-        fn: `fn(weights, *inputs)`, any JAX function.
+        fn: `fn(weights, *inputs)`, any JAX function; or a `Program`, which has weights and inputs of its own.
         module: a Flax Linen module (its variables in `weights`) or NNX module (which holds its own).
         weights: a pytree of arrays; for Linen the variables, all collections.
         buckets: symbolic dimension -> sizes to compile for; `--buckets` on the command line overrides it.
@@ -62,7 +63,7 @@ class ModelSpec:
     """
 
     inputs: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict[str, TensorSpec])
-    fn: Callable[..., Any] | None = None
+    fn: Callable[..., Any] | Program | None = None
     module: Any = None
     weights: Any = None
     buckets: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
@@ -86,6 +87,8 @@ class ModelSpec:
         return program if self.convert is None else self.convert(program)
 
     def _plain(self) -> Program:
+        if isinstance(self.fn, Program):
+            return self.fn
         if self.fn is not None:
             return trace(self.fn, self.weights, self.inputs)
         if hasattr(self.module, "apply"):
@@ -111,6 +114,8 @@ class ModelSpec:
 def load_named[T](target: str, kind: type[T]) -> T:
     """Import what the command line names: a `ModelSpec`, or another kind of spec.
 
+    Where a `ModelSpec` is asked for, a `Program` or a `Generator` is taken as one that has nothing else.
+
     Args:
         target: `FILE.py:NAME` or `package.module:NAME`; NAME is an object of the kind, or a function without arguments
             that returns one.
@@ -130,18 +135,43 @@ def load_named[T](target: str, kind: type[T]) -> T:
     if not hasattr(module, name):
         specs = [key for key, value in vars(module).items() if isinstance(value, kind)]
         raise ModelError(f"{source} has no {name!r}" + (f"; it has {', '.join(specs)}" if specs else ""))
-    found: Any = getattr(module, name)
+    found = _spec_of(getattr(module, name), kind)
     if isinstance(found, kind):
         return found
     if callable(found):
+        if _takes_arguments(found):
+            raise ModelError(f"{target} takes arguments; expected {_expected(kind)}")
         try:
-            found = found()
+            found = _spec_of(found(), kind)
         except LeptonError:
             raise
         except Exception as error:
             raise ModelError(f"{target}: {type(error).__name__}: {error}") from error
     if not isinstance(found, kind):
-        raise ModelError(f"{target} is a {type(found).__name__}, not a {kind.__name__} or a function that returns one")
+        raise ModelError(f"{target} is a {type(found).__name__}; expected {_expected(kind)}")
+    return found
+
+
+def _expected(kind: type[Any]) -> str:
+    kinds = (Program, Generator, ModelSpec) if kind is ModelSpec else (kind,)
+    return f"{', '.join(f'a {cls.__name__}' for cls in kinds)}, or a function without arguments that returns one"
+
+
+def _takes_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # some of those in C tell none
+        return False
+    return False
+
+
+def _spec_of(found: Any, kind: type[Any]) -> Any:
+    if kind is ModelSpec and isinstance(found, Program):
+        return ModelSpec(fn=found)
+    if kind is ModelSpec and isinstance(found, Generator):
+        return ModelSpec(generator=found)
     return found
 
 

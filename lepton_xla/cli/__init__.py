@@ -147,7 +147,7 @@ def main() -> None:
       leptonx bench digits.lepton --target digits.py:model   compares latency with the float model
       leptonx serve digits.lepton                            serves it over HTTP
 
-    Name a model as FILE.py:NAME or package.module:NAME, where NAME is a lepton_xla.ModelSpec or a function that returns
-    one. With --json a command prints one JSON document on stdout. Progress and errors go to stderr; a command that
-    fails prints one line there and exits with code 2.
+    Name a model as FILE.py:NAME or package.module:NAME, where NAME is a lepton_xla.ModelSpec, Program or Generator, or
+    a function without arguments that returns one. With --json a command prints one JSON document on stdout. Progress
+    and errors go to stderr; a command that fails prints one line there and exits with code 2.
     """

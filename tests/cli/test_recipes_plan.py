@@ -158,8 +158,9 @@ def test_a_recipe_that_is_not_there(cli, plain):
         ("x = 1", "{file}:", "expected FILE.py:NAME"),
         ("x = 1", "{file}:model", "has no 'model'"),
         (models.PLAIN, "{file}:modle", "has no 'modle'; it has model"),
-        ("model = 3", "{file}:model", "is a int, not a ModelSpec"),
-        ("def model(): return 3", "{file}:model", "is a int, not a ModelSpec"),
+        ("model = 3", "{file}:model", "is a int; expected a Program, a Generator, a ModelSpec, or a function"),
+        ("def model(): return 3", "{file}:model", "is a int; expected a Program"),
+        ("def model(weights, x): return x", "{file}:model", "takes arguments; expected a Program"),
         ("def model(): raise KeyError('weights')", "{file}:model", "KeyError: 'weights'"),
         ("1 / 0", "{file}:model", "ZeroDivisionError"),
         ("import no_such_package", "{file}:model", "No module named 'no_such_package'"),
@@ -182,6 +183,22 @@ def test_a_model_file_that_is_wrong(cli, tmp_path, monkeypatch, source, target, 
     for name in ("plan", "compile"):
         assert part in cli.refused(name, target.format(file=file))
     assert sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_program_is_a_model_too(cli, plain, tmp_path):
+    """As it is, made by a function, and in a ModelSpec that adds what it lacks."""
+    file = tmp_path / "programs.py"
+    file.write_text(f"""{models.PLAIN}
+program = lx.trace(fn, weights, {{"x": lx.TensorSpec(("batch", 16), "float32")}})
+make_program = lambda: program
+model = lx.ModelSpec(fn=program, buckets={{"batch": (1, 4)}})
+""")
+
+    def decisions(target):
+        return [(site["site"], site["decision"]) for site in cli.json("plan", target, "--recipe", "int8")["sites"]]
+
+    for name in ("program", "make_program", "model"):
+        assert decisions(f"{file}:{name}") == decisions(plain)
 
 
 def test_a_package_in_this_folder_is_found(cli, tmp_path, monkeypatch):
