@@ -16,6 +16,7 @@ from serve_fakes import counted, exchange, raw_request
 from lepton_xla.generation import Engine
 from lepton_xla.program import TensorSpec
 from lepton_xla.serve.app import generation as pages
+from lepton_xla.serve.protocol import generation
 
 VOCABULARY = 128
 
@@ -334,7 +335,7 @@ def test_long_prompts_become_tokens_beside_the_event_loop(make_server, monkeypat
             threads.append(threading.current_thread().name)
             return super().encode(text)
 
-    monkeypatch.setattr(pages, "_TEXT_AT_ONCE", 4)
+    monkeypatch.setattr(pages, "_AT_ONCE", 4)
     server = make_server(Letters(Slow()))
     body = post(server, GENERATE, {"text_input": text, "max_tokens": 1})[1]
     assert body["text_output"] == chr(ord(text[-1]) + 1)
@@ -348,6 +349,38 @@ def test_long_prompts_become_tokens_beside_the_event_loop(make_server, monkeypat
     status, told = post(server, "/v1/completions", asked | {"prompt": text * 20})
     assert (status, told["error"]["type"]) == (400, "invalid_request_error")
     assert "at most 32" in told["error"]["message"]
+
+
+def test_others_are_answered_while_a_long_body_is_read(make_server, letters, monkeypatch):
+    reading, go_on, threads = threading.Event(), threading.Event(), []
+    original = generation._cut
+
+    def slow(body):
+        if len(body) > 1 << 16:
+            threads.append(threading.current_thread().name)
+            reading.set()
+            assert go_on.wait(10)
+        return original(body)
+
+    monkeypatch.setattr(generation, "_cut", slow)
+    server = make_server(letters)
+    few = {"max_tokens": 1, "temperature": 0, "user": "x" * (1 << 16)}
+    asked = [
+        ("/v1/completions", {"model": "letters", "prompt": [[1, 2], [3]]} | few),
+        ("/v1/chat/completions", {"model": "letters", "messages": [{"role": "user", "content": "a"}]} | few),
+        (GENERATE, {"input_ids": [1, 2]} | few),
+    ]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(post, server, *each) for each in asked]
+        assert reading.wait(10)
+        assert post(server, GENERATE, {"text_input": "a", "max_tokens": 1})[0] == 200
+        go_on.set()
+        answers = [each.result() for each in waiting]
+    assert [status for status, _ in answers] == [200] * 3
+    assert [each["token_ids"] for each in answers[0][1]["choices"]] == [[3], [4]]
+    assert answers[2][1]["token_ids"] == [3]
+    assert "lepton-serve" not in threads
+    assert len(threads) == 3
 
 
 def test_too_many_prompts_are_refused(make_server, letters):
@@ -444,6 +477,6 @@ def test_the_load_generator_measures_streams(served):
         assert 0 <= run["next_token_s"]["p50"] <= run["next_token_s"]["p99"] < 2
         assert run["first_token_s"]["p50"] > 0
     assert "tokens/s" in CliRunner().invoke(main, call).stdout
-    refused = CliRunner().invoke(main, [*call[:3], "100000"])
+    refused = CliRunner().invoke(main, [*call[:3], "100000", *call[4:]])
     assert (refused.exit_code, refused.stderr.count("HTTP 400")) == (2, 1)
     assert CliRunner().invoke(main, [*call, "--rate", "3"]).exit_code == 2

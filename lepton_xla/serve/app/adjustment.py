@@ -50,7 +50,7 @@ class AdjustmentPages:
             asked = parse_body(exchange.body, AdjustmentRequest)
             if self._trusts:
                 raise HTTPError(409, "this server loads signed artifacts only, and could not sign the steps in between")
-            work = self._changed(model, who, "start adjustment", lambda: self._start(model, who, asked))
+            work = self._changed(model, who, "start adjustment", lambda: self._start(model, who, asked), long=True)
         elif route == "stop_adjustment":
             work = self._changed(model, who, "stop adjustment", lambda: self._stop(model, who))
         else:
@@ -61,9 +61,11 @@ class AdjustmentPages:
         assert self._repository is not None
         return _of((await find_model(self._repository, model)).plan, model)
 
-    async def _changed(self, model: str, who: str, action: str, work: Callable[[], Adjustment]) -> Adjustment:
+    async def _changed(
+        self, model: str, who: str, action: str, work: Callable[[], Adjustment], *, long: bool = False
+    ) -> Adjustment:
         try:
-            made = await asyncio.to_thread(work)
+            made = await (self._pages.run_long(work) if long else asyncio.to_thread(work))
         except LeptonError as error:
             said = without_path(str(error), self._root)
             self._record(who, action, model[:128], "refused", reason=said)

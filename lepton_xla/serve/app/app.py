@@ -176,7 +176,7 @@ class App:
         )  # fmt: skip
         self._pages.model["model_feedback"] = FeedbackPage(metrics, self.refuse, others).take
         self._pages.server["audit"] = AuditPage(audit_log, metrics, self.refuse).show
-        generating = GenerationPages(models, metrics, limits, self.refuse)
+        generating = GenerationPages(models, metrics, limits, self.refuse, self._workers)
         self._pages.model |= {"generate": generating.generate, "generate_stream": generating.stream}
         self._pages.model["generate_events"] = generating.events
         self._pages.server |= {
@@ -406,23 +406,8 @@ class App:
     def _submit_later(
         self, model: ModelHandle, exchange: Exchange, accepted: str | None, read: Callable[[], InferRequest]
     ) -> None:
-        """Decodes a long body on another thread. The connection keeps the answers in order."""
-
-        def submit(request: InferRequest) -> None:
-            # An exchange whose client has gone counts as answered.
-            if not exchange.answered:
-                self._submit(model, exchange, accepted, request)
-            exchange.connection.hold(False)
-
-        def refuse(refusal: HTTPError) -> None:
-            self.refuse(exchange, refusal)
-            exchange.connection.hold(False)
-
-        exchange.connection.hold(True)
-        try:
-            self._workers.run(len(exchange.body), read, submit, refuse)
-        except HTTPError as refusal:
-            refuse(refusal)
+        """Decodes a long body on another thread."""
+        self._workers.read(exchange, read, functools.partial(self._submit, model, exchange, accepted), self.refuse)
 
     def mirror(self, call: InferCall, version: str, outputs: Sequence[bytes | memoryview]) -> None:
         """Has another version asked what was answered just now."""
@@ -469,8 +454,10 @@ class App:
         return response, (head, *tail)
 
     def close(self) -> None:
-        """Stops the threads that decode and encode long bodies, and the one that asks shadows."""
+        """Stops the threads that decode and encode long bodies, that change the repository, and that ask shadows."""
         self._workers.close()
+        if self._repository is not None:
+            self._repository.close()
         self._mirror.close()
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import logging
 import secrets
 import weakref
 from collections.abc import Callable
@@ -20,22 +18,22 @@ from lepton_xla.serve.batching.decoding import Decoding
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.http.response import Response, respond
+from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import generation
-from lepton_xla.serve.protocol.generation import Completion, GenerateResponse, event
+from lepton_xla.serve.protocol.generation import Asked, Completion, GenerateResponse, event
+from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
 
 type Refuse = Callable[[Exchange, HTTPError], None]
 _EVENTS = "text/event-stream", "Cache-Control: no-cache"
 # What a request may take beside the prompt, and bytes of JSON that a token of the prompt may take.
 _BODY_BYTES, _TOKEN_BYTES = 64 << 10, 512
-# Characters of prompts that become tokens on the event loop, which takes milliseconds.
-_TEXT_AT_ONCE = 4096
-
-_log = logging.getLogger("lepton_xla.serve")
+# Characters and token ids of prompts that are read on the event loop, which takes milliseconds.
+_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,6 +57,7 @@ class _Answer:
         write: `write(choice, token, text)` gives the events of a token, or of the end (token None); None for an
             answer as a whole.
         whole: gives the body of an answer as a whole, of all choices; the last events of a stream.
+        workers: read what is long.
     """
 
     def __init__(
@@ -70,7 +69,9 @@ class _Answer:
         refuse: Refuse,
         write: Callable[[int, Generation, int | None, str], bytes] | None,
         whole: Callable[[list[Generation]], bytes],
+        workers: Workers,
     ) -> None:
+        self._workers = workers
         self._exchange, self._decoding, self._metrics = exchange, decoding, metrics
         self._codes, self._refuse, self._write, self._whole = codes, refuse, write, whole
         self._choices: list[_Choice] = []
@@ -90,22 +91,10 @@ class _Answer:
             except InputError as error:
                 raise HTTPError(400, str(error)) from error
 
-        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= _TEXT_AT_ONCE:
+        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str | list)) <= _AT_ONCE:
             self._begin(make())
         else:
-            asyncio.get_running_loop().run_in_executor(None, make).add_done_callback(self._made)
-
-    def _made(self, work: asyncio.Future[list[Generation]]) -> None:
-        exchange = self._exchange
-        try:
-            made = work.result()
-            if not exchange.answered:  # as it counts where the client has gone
-                self._begin(made)
-        except HTTPError as refusal:
-            self._refuse(exchange, refusal.bare())
-        except Exception:
-            _log.exception("prompts could not be read")
-            self._refuse(exchange, HTTPError(500, "internal error"))
+            self._workers.read(self._exchange, make, self._begin, self._refuse)
 
     def _begin(self, made: list[Generation]) -> None:
         self._left = len(made)
@@ -176,9 +165,13 @@ class GenerationPages:
         metrics: the server's counters.
         limits: the bounds on a request.
         refuse: answers with an error.
+        workers: read what is long.
     """
 
-    def __init__(self, models: Registry, metrics: ServerMetrics, limits: Limits, refuse: Refuse) -> None:
+    def __init__(
+        self, models: Registry, metrics: ServerMetrics, limits: Limits, refuse: Refuse, workers: Workers
+    ) -> None:
+        self._workers = workers
         self._models, self._metrics, self._limits, self._refuse = models, metrics, limits, refuse
         self._decodings: weakref.WeakKeyDictionary[ModelHandle, Decoding] = weakref.WeakKeyDictionary()
 
@@ -202,7 +195,19 @@ class GenerationPages:
         whole: Callable[[list[Generation]], bytes],
         refuse: Refuse,
     ) -> _Answer:
-        return _Answer(exchange, self._decoding(model), model.metrics, self._metrics.codes, refuse, write, whole)
+        decoding, codes = self._decoding(model), self._metrics.codes
+        return _Answer(exchange, decoding, model.metrics, codes, refuse, write, whole, self._workers)
+
+    def _read[T](self, exchange: Exchange, read: Callable[[], T], begin: Callable[[T], object], refuse: Refuse) -> None:
+        """Reads a body, a long one on another thread, and goes on.
+
+        Raises:
+            HTTPError: what reading or going on raises, where the body is short.
+        """
+        if len(exchange.body) <= PIECE_BYTES:
+            begin(read())
+        else:
+            self._workers.read(exchange, read, begin, refuse)
 
     def _check_size(self, model: ModelHandle, exchange: Exchange, prompts: int = 1) -> None:
         """Checks the size of a body by the longest prompt of the model."""
@@ -210,13 +215,6 @@ class GenerationPages:
         most = _BODY_BYTES + prompts * _TOKEN_BYTES * steps.longest_prompt
         if len(exchange.body) > most:
             raise HTTPError(413, f"the body has {len(exchange.body)} bytes; {most} are enough for the longest prompt")
-
-    def _model_of(self, exchange: Exchange) -> ModelHandle:
-        """The model that a body of OpenAI's form names, once its size is known to be one that may be decoded."""
-        _check_coding(exchange)
-        if len(exchange.body) > self._limits.max_body_bytes >> 3:
-            raise HTTPError(413, "the body is too long for a prompt")
-        return self._models.find(generation.model_of(exchange.body), None, None)
 
     # Triton's and KServe's form.
 
@@ -244,9 +242,15 @@ class GenerationPages:
     def _generate(self, model: ModelHandle, exchange: Exchange, *, stream: bool) -> None:
         _check_coding(exchange)
         self._check_size(model, exchange)
-        request, fields = generation.read(exchange.body, generation.GenerateRequest)
-        beside = {name: value for name, value in fields.items() if name not in request.__struct_fields__}
-        self._begin(model, exchange, request, generation.sampling_of({**beside, **request.parameters}), stream=stream)
+
+        def begin(found: tuple[generation.GenerateRequest, dict[str, Any]]) -> None:
+            request, fields = found
+            beside = {name: value for name, value in fields.items() if name not in request.__struct_fields__}
+            sampling = generation.sampling_of({**beside, **request.parameters})
+            self._begin(model, exchange, request, sampling, stream=stream)
+
+        body = exchange.body
+        self._read(exchange, lambda: generation.read(body, generation.GenerateRequest), begin, self._refuse)
 
     def _begin(
         self,
@@ -298,18 +302,26 @@ class GenerationPages:
 
     def complete(self, exchange: Exchange) -> None:
         """Answers `/v1/completions`."""
-        self._in_their_words(self._begin_completion, exchange)
+        self._in_their_words(exchange, generation.CompletionRequest, self._begin_completion)
 
     def chat(self, exchange: Exchange) -> None:
         """Answers `/v1/chat/completions`."""
-        self._in_their_words(self._begin_chat, exchange)
+        self._in_their_words(exchange, generation.ChatRequest, self._begin_chat)
 
-    def _in_their_words(self, begin: Callable[[Exchange], None], exchange: Exchange) -> None:
-        """Handles a request whose client reads errors in OpenAI's form."""
+    def _in_their_words[T](
+        self, exchange: Exchange, kind: type[T], begin: Callable[[Exchange, Asked[T]], object]
+    ) -> None:
+        """Reads a request whose client reads errors in OpenAI's form, and begins its answer."""
+        body, refuse = exchange.body, self._refuse_in_their_words
         try:
-            begin(exchange)
+            _check_coding(exchange)
+            if len(body) > self._limits.max_body_bytes >> 3:
+                raise HTTPError(413, "the body is too long for a prompt")
+            self._read(
+                exchange, lambda: generation.read_asked(body, kind), lambda asked: begin(exchange, asked), refuse
+            )
         except HTTPError as refusal:
-            self._refuse_in_their_words(exchange, refusal)
+            refuse(exchange, refusal)
 
     def _refuse_in_their_words(self, exchange: Exchange, refusal: HTTPError) -> None:
         headers = refusal.headers or (("Retry-After: 1",) if refusal.status == 503 else ())
@@ -319,10 +331,10 @@ class GenerationPages:
         refusal.response = Response(refusal.status, head.fields + body, head.nbytes)
         self._refuse(exchange, refusal)
 
-    def _begin_completion(self, exchange: Exchange) -> None:
-        model = self._model_of(exchange)
-        self._check_size(model, exchange, self._limits.max_waiting_prompts)  # how many there are is not known yet
-        request, fields = generation.read(exchange.body, generation.CompletionRequest)
+    def _begin_completion(self, exchange: Exchange, asked: Asked[generation.CompletionRequest]) -> None:
+        model = self._models.find(asked.model, None, None)
+        self._check_size(model, exchange, self._limits.max_waiting_prompts)
+        request, fields = _request_of(asked)
         prompt: Any = request.prompt
         several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
         prompts: list[Any] = prompt if several else [prompt]
@@ -332,10 +344,10 @@ class GenerationPages:
         defaults = {"temperature": 1.0, "max_tokens": None}
         self._complete(model, exchange, request, prompts, generation.sampling_of(fields, defaults), chat=False)
 
-    def _begin_chat(self, exchange: Exchange) -> None:
-        model = self._model_of(exchange)
+    def _begin_chat(self, exchange: Exchange, asked: Asked[generation.ChatRequest]) -> None:
+        model = self._models.find(asked.model, None, None)
         self._check_size(model, exchange)
-        request, fields = generation.read(exchange.body, generation.ChatRequest)
+        request, fields = _request_of(asked)
         if not request.messages:
             raise HTTPError(400, "messages is empty")
         sampling = generation.sampling_of(fields, {"temperature": 1.0})
@@ -397,3 +409,9 @@ def _check_coding(exchange: Exchange) -> None:
     """Refuses bodies that would have to be decompressed."""
     if exchange.head.headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
         raise HTTPError(415, "send requests to generate without Content-Encoding")
+
+
+def _request_of[T](asked: Asked[T]) -> tuple[T, dict[str, Any]]:
+    if isinstance(asked.request, HTTPError):
+        raise asked.request
+    return asked.request

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Coroutine, Mapping
@@ -14,9 +16,13 @@ from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
+from lepton_xla.serve.priorities import step_back
 from lepton_xla.serve.protocol import metadata
 
 _log = logging.getLogger("lepton_xla.serve")
+
+# Changes that run at once, and that run or wait; each that waits may hold a piece of a file.
+_THREADS, _MOST_LONG = 2, 32
 
 
 class Control(Protocol):
@@ -70,6 +76,8 @@ class RepositoryPages:
         self._is_ready = is_ready
         self._changes = RepositoryChanges(pathlib.Path(folder), record) if folder else None
         self._later = Later(metrics, refuse)
+        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "lepton-change", step_back)
+        self._long = 0
 
     def index(self, exchange: Exchange) -> None:
         """Answers with the models there are."""
@@ -96,9 +104,28 @@ class RepositoryPages:
         if self._changes is None:
             raise HTTPError(501, "this server's repository is no folder that it may write to")
         work = self._changes.routes[route](parameters, exchange)
-        asker = asker_of(who, exchange)
-        changing = asyncio.to_thread(self._changes.run, work, parameters, asker)
+        run = functools.partial(self._changes.run, work, parameters, asker_of(who, exchange))
+        # A roll-back does not wait behind a push.
+        changing = self.run_long(run) if work.long else asyncio.to_thread(run)
         self.answer_later(exchange, changing, "the request to the repository failed")
+
+    async def run_long[T](self, work: Callable[[], T]) -> T:
+        """Runs what reads or writes many bytes, on threads of its own: all others go on meanwhile.
+
+        Raises:
+            HTTPError: 503 if too much waits.
+        """
+        if self._long >= _MOST_LONG:
+            raise HTTPError(503, "too many changes of the repository wait")
+        self._long += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._long -= 1
+
+    def close(self) -> None:
+        """Begins no more changes. What runs ends by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _index(self, *, ready: bool) -> list[metadata.IndexEntry]:
         entries: list[metadata.IndexEntry] = []

@@ -30,10 +30,12 @@ class Work(NamedTuple):
         do: does it, on a thread, and gives the answer.
         action: what the audit log calls it; empty for what changes no version or label, such as pieces of files, which
             come in thousands.
+        long: whether it reads or writes files of weights.
     """
 
     do: Callable[[], Any]
     action: str = ""
+    long: bool = False
 
 
 class RepositoryChanges:
@@ -110,7 +112,7 @@ class RepositoryChanges:
         digest, offset, body = parameters["sha256"], uploads.offset_of(exchange.head.target), exchange.body
         if not is_sha256(digest):
             raise HTTPError(400, "a file is named by its SHA-256: 64 hexadecimal digits in lower case")
-        return Work(lambda: uploads.Piece(self._uploads.write(digest, offset, body)))
+        return Work(lambda: uploads.Piece(self._uploads.write(digest, offset, body)), long=True)
 
     def _publish(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         asked = uploads.parse_change(exchange.body, uploads.PublishRequest)
@@ -120,7 +122,7 @@ class RepositoryChanges:
             made, listing = self._uploads.publish(asked.manifest, name, version, asked.signature)
             return uploads.Published(name, made, listing.size_bytes)
 
-        return Work(work, "push")
+        return Work(work, "push", long=True)
 
     def _remove(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         name, version = parameters["model"], parameters["version"]
@@ -129,7 +131,7 @@ class RepositoryChanges:
             self._repository.remove(name, version)
             return uploads.Removed(name, version)
 
-        return Work(work, "remove")
+        return Work(work, "remove", long=True)
 
     def _move(self, parameters: dict[str, str], exchange: Exchange) -> Work:
         asked = uploads.parse_change(exchange.body, uploads.LabelRequest)

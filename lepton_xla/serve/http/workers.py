@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.http.exchange import Exchange
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -74,6 +75,38 @@ class Workers:
                 _log.warning("a request was read or written after the server had stopped")
 
         self._pool.submit(task)
+
+    def read[T](
+        self,
+        exchange: Exchange,
+        work: Callable[[], T],
+        begin: Callable[[T], object],
+        refuse: Callable[[Exchange, HTTPError], object],
+    ) -> None:
+        """Reads a long body on a thread. The connection keeps the answers in order.
+
+        Args:
+            exchange: the request.
+            work: reads it; see `run`.
+            begin: gets what was read, unless the client has gone.
+            refuse: answers with an error.
+        """
+
+        def done(result: T) -> None:
+            # An exchange whose client has gone counts as answered.
+            if not exchange.answered:
+                begin(result)
+            exchange.connection.hold(False)
+
+        def failed(refusal: HTTPError) -> None:
+            refuse(exchange, refusal)
+            exchange.connection.hold(False)
+
+        exchange.connection.hold(True)
+        try:
+            self.run(len(exchange.body), work, done, failed)
+        except HTTPError as refusal:
+            failed(refusal)
 
     def close(self) -> None:
         """Accepts no more work. What runs ends by itself."""

@@ -6,13 +6,15 @@ A model without a tokenizer takes token ids where texts are expected, and answer
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 import msgspec
 
 from lepton_xla.generation.sampling import Sampling
 from lepton_xla.serve.errors import HTTPError, shortened
+from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
+from lepton_xla.serve.protocol.prompts import MARK, cut_prompts
 
 type Ids = list[int]
 # Names by which clients of other servers send what `Sampling` has.
@@ -149,15 +151,60 @@ class Refused(msgspec.Struct):
     error: Refusal
 
 
-def read[T](body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
-    """Decode a body; give the request, and all of its fields.
+class Asked[T](NamedTuple):
+    """A request of OpenAI's form.
+
+    Attributes:
+        model: the model that it names.
+        request: the request, and all of its fields; or why there is none.
+    """
+
+    model: str
+    request: tuple[T, dict[str, Any]] | HTTPError
+
+
+def read_asked[T](body: bytes, kind: type[T]) -> Asked[T]:
+    """Decode a body of OpenAI's form, as `read` does.
 
     Raises:
-        HTTPError: 400 for what is not JSON, not UTF-8, or lacks a field.
+        HTTPError: 400 for what is not JSON, not UTF-8, or names no model; 413 as `read`.
     """
+    body, prompts = _cut(body)
+    model = model_of(body)
+    try:
+        return Asked(model, _decoded(body, prompts, kind))
+    except HTTPError as refusal:
+        return Asked(model, refusal.bare())
+
+
+def read[T](body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
+    """Decode a body; give the request, and all of its fields. Prompts of a long one are read in pieces.
+
+    Raises:
+        HTTPError: 400 for what is not JSON, not UTF-8, or lacks a field; of a long body also for too much beside the
+            prompts. 413 for more prompts than any model takes.
+    """
+    return _decoded(*_cut(body), kind)
+
+
+def _cut(body: bytes) -> tuple[bytes, dict[str, list[Any]]]:
+    """The body without arrays of prompts, if it is long, and these by name."""
+    prompts: dict[str, list[Any]] = {}
+    for name in ("prompt", "input_ids") if len(body) > PIECE_BYTES else ():
+        body, found = cut_prompts(body, name)
+        if found is not None:
+            prompts[name] = found
+    return body, prompts
+
+
+def _decoded[T](body: bytes, prompts: dict[str, list[Any]], kind: type[T]) -> tuple[T, dict[str, Any]]:
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
-        return msgspec.convert(fields, kind), fields
+        request = msgspec.convert(fields, kind)
+        for name, found in prompts.items():
+            if getattr(request, name, None) == MARK:
+                setattr(request, name, found)
+        return request, fields
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise HTTPError(400, f"the request is not as it should be: {shortened(str(error))}") from error
 

@@ -25,7 +25,7 @@ from lepton_xla.serve.protocol.datatypes import DATATYPES, Datatype
 PIECE_BYTES = 1 << 16
 _PIECE_ITEMS = 1 << 13
 # Anything shorter and the thread that rests takes the interpreter back before another has woken up.
-_REST_S = 50e-6
+REST_S = 50e-6
 
 # Bytes that are searched through at once: as long.
 _SLICE_BYTES = 1 << 19
@@ -149,7 +149,7 @@ def slices(size: int, step: int = _SLICE_BYTES) -> Iterator[tuple[int, int]]:
     """Cuts of something long, with a rest between two of them."""
     for start in range(0, size, step):
         if start:
-            time.sleep(_REST_S)
+            time.sleep(REST_S)
         yield start, min(start + step, size)
 
 
@@ -158,7 +158,7 @@ def _pieces(text: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
     begin = start
     while begin < stop:
         if begin > start:
-            time.sleep(_REST_S)
+            time.sleep(REST_S)
         end = text.find(b",", begin + PIECE_BYTES, stop)
         end = stop if end < 0 else end
         yield begin, end

@@ -61,7 +61,7 @@ def outline_of(head: bytes, max_tensors: int) -> Outline:
             left += span[0] - kept + len(mark)
             arrays[mark] = span
             at = kept = span[1]
-        end = size if quote < 0 else _end_of_string(head, quote)
+        end = size if quote < 0 else end_of_string(head, quote)
         check_size(left + end - kept, max_tensors)
         if quote < 0:
             return Outline(b"".join((*parts, head[kept:])), arrays)
@@ -99,15 +99,27 @@ def _array(head: bytes, start: int, stop: int) -> tuple[int, int] | None:
     return None if closing < 0 else (opening, closing + 1)
 
 
-def _end_of_string(head: bytes, quote: int) -> int:
-    """Behind the closing quote."""
-    at, stop = quote + 1, quote + _LONGEST_STRING
+def end_of_string(head: bytes, quote: int, longest: int = _LONGEST_STRING) -> int:
+    """Find what lies behind the closing quote of a string in JSON.
+
+    Args:
+        head: holds the string.
+        quote: where its opening quote is.
+        longest: bytes that a string may take.
+
+    Raises:
+        HTTPError: 400 where it has no end within so many bytes.
+
+    >>> end_of_string(rb'{"a\\"b": 1}', 1)
+    7
+    """
+    at, stop = quote + 1, quote + longest
     while (close := head.find(b'"', at, stop)) >= 0:
         run = head[at:close]
         if not (len(run) - len(run.rstrip(b"\\"))) % 2:
             return close + 1
         at = close + 1
-    raise HTTPError(400, f"a string in the JSON part has no end within {_LONGEST_STRING} bytes")
+    raise HTTPError(400, f"a string in the JSON part has no end within {longest} bytes")
 
 
 def check_members(text: bytes, max_tensors: int) -> None:

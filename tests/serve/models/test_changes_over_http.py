@@ -1,5 +1,6 @@
 """A repository that is changed through its server: versions and weights sent in pieces, labels, and who may."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import fsspec
 import jax.numpy as jnp
@@ -19,11 +21,13 @@ import lepton_xla as lx
 from lepton_xla.compiler import make_update
 from lepton_xla.serve import Limits, Options, Server
 from lepton_xla.serve.access.tokens import create_token
+from lepton_xla.serve.app import repository as pages
 from lepton_xla.serve.client import RequestError
 from lepton_xla.serve.client import repository as client_module
 from lepton_xla.serve.client.repository import RepositoryClient
 from lepton_xla.serve.models.remote import RemoteRepository
 from lepton_xla.serve.models.repository import Repository
+from lepton_xla.serve.models.uploads import Uploads
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +258,38 @@ def test_what_is_refused_changes_nothing(start, repository):
     assert sorted(os.listdir(repository.root)) == [".uploads", "m"]
     assert os.listdir(repository.root / ".uploads") == []
     assert os.listdir(repository.root / "m") == ["1.lepton"]
+
+
+def test_pushes_are_bounded_and_nobody_waits_for_them(start, repository, made, monkeypatch):
+    monkeypatch.setattr(pages, "_MOST_LONG", 2)
+    publishing, go_on, threads = threading.Semaphore(0), threading.Event(), []
+    original = Uploads.publish
+
+    def slow(*arguments):
+        threads.append(threading.current_thread().name)
+        publishing.release()
+        assert go_on.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(Uploads, "publish", slow)
+    repository.push(made[2], "m")
+    server = start()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool, RepositoryClient(server.url) as client:
+        manifest = (made[2] / "manifest.json").read_text()
+        body = json.dumps({"manifest": hashlib.sha256(manifest.encode()).hexdigest()}).encode()
+        pushes = [pool.submit(exchange, server, "POST", f"/v2/repository/models/m/versions/{n}", body) for n in "78"]
+        try:
+            assert publishing.acquire(timeout=20)
+            assert publishing.acquire(timeout=20)
+            # Two are all that may be under way. What is short does not wait for them, nor what others do.
+            assert exchange(server, "POST", "/v2/repository/models/m/versions/9", body)[0] == 503
+            assert client.promote("m", "1") is None
+            assert [each["name"] for each in client.models()] == ["m"]
+            assert len(threads) == 2
+        finally:
+            go_on.set()
+        assert {each.result()[0] for each in pushes} == {404}  # nobody has sent the files
+    assert {each.rpartition("_")[0] for each in threads} == {"lepton-change"}
 
 
 def test_pieces_are_no_longer_than_the_server_takes(start, made):

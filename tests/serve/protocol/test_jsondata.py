@@ -22,7 +22,7 @@ def small_pieces(monkeypatch):
     """Pieces of a few elements, so that short arrays are long ones."""
     monkeypatch.setattr(jsondata, "PIECE_BYTES", 16)
     monkeypatch.setattr(jsondata, "_PIECE_ITEMS", 5)
-    monkeypatch.setattr(jsondata, "_REST_S", 0.0)
+    monkeypatch.setattr(jsondata, "REST_S", 0.0)
 
 
 def refused(text, shape, datatype=FP32):

@@ -135,7 +135,7 @@ def test_a_request_is_the_same_however_long_ones_are_read(data):
         whole = verdict(bytes(body))
         patch.setattr(request, "PIECE_BYTES", 0)
         patch.setattr(jsondata, "PIECE_BYTES", 8)
-        patch.setattr(jsondata, "_REST_S", 0.0)
+        patch.setattr(jsondata, "REST_S", 0.0)
         assert verdict(bytes(body)) == whole
 
 
