@@ -150,12 +150,19 @@ def test_sizes_of_dimensions_that_vary(cli):
         (["--token-file", "nothing"], "token file 'nothing' cannot be read"),
         (["--tls-ca", "ca.pem"], "not https"),
         (["--plot", "no/folder.svg"], "the folder"),
+        (["--prompts", "w.json"], "goes with --generate"),
+        (["--generate", "2", "--prompts", "nothing"], "--prompts nothing: No such file"),
+        (["--generate", "2", "--prompts", "empty"], "no line with a prompt"),
+        (["--generate", "2", "--prompts", "latin"], "--prompts latin: 'utf-8' codec"),
+        (["--generate", "2", "--prompts", "w.json", "--size", "4"], "not both"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(cli, url, tmp_path, monkeypatch, args, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.json").write_text('{"w": 1}')
     (tmp_path / "bad.json").write_text('{"y": [99999999999]}')
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     assert part in cli.refused("load", url, *args)
 
 

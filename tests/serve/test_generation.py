@@ -480,3 +480,18 @@ def test_the_load_generator_measures_streams(served):
     refused = CliRunner().invoke(main, [*call[:3], "100000", *call[4:]])
     assert (refused.exit_code, refused.stderr.count("HTTP 400")) == (2, 1)
     assert CliRunner().invoke(main, [*call, "--rate", "3"]).exit_code == 2
+
+
+def test_prompts_of_a_file_are_sent_in_turn_and_end_by_themselves(served, letters, tmp_path):
+    from lepton_xla.serve.client.endpoint import endpoint
+    from lepton_xla.serve.load.streams import stream as load
+
+    read, seen = letters.stepper.prefill, []
+    letters.stepper.prefill = lambda tokens, slot: seen.append(bytes(tokens)) or read(tokens, slot)
+    found = load(
+        endpoint("http://{}:{}".format(*served.address[:2])), "letters", connections=1, seconds=0.3, warmup_s=0,
+        timeout_s=9, prompt=0, tokens=50, texts=["ab{", "z"],
+    )  # fmt: skip
+    assert seen[:4] == [b"ab{", b"z"] * 2
+    # From { three letters are left, from z four.
+    assert 3 * (len(seen) - 2) <= found.tokens <= 4 * len(seen)

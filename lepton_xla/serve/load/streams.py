@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ def stream(
     timeout_s: float,
     prompt: int,
     tokens: int,
+    texts: Sequence[str] = (),
 ) -> Streams:
     """Have each connection send its next prompt when the stream before has ended.
 
@@ -87,16 +89,24 @@ def stream(
         timeout_s: seconds without a token after which a stream is given up.
         prompt: tokens of each prompt, random ones.
         tokens: tokens to generate for each.
+        texts: prompts instead of random ones, which all connections take in turn, again and again; the model may end
+            an answer to these before `tokens`.
     """
     found, lock, started = Streams(seconds=seconds), threading.Lock(), time.perf_counter()
     begins, ends = started + warmup_s, started + warmup_s + seconds
+    turns = itertools.cycle(texts)
+
+    def body(drawn: random.Random) -> bytes:
+        if texts:
+            with lock:
+                return json.dumps({"text_input": next(turns), "parameters": {"max_tokens": tokens}}).encode()
+        ids = [drawn.randrange(1, _VALUES) for _ in range(prompt)]
+        return json.dumps({"input_ids": ids, "parameters": {"max_tokens": tokens, "ignore_end": True}}).encode()
 
     def run(number: int) -> None:
         drawn = random.Random(number)  # noqa: S311 (prompts are no secrets)
         while time.perf_counter() < ends:
-            ids = [drawn.randrange(1, _VALUES) for _ in range(prompt)]
-            body = json.dumps({"input_ids": ids, "parameters": {"max_tokens": tokens, "ignore_end": True}}).encode()
-            request = target.request("POST", f"{route(model)}/generate_stream", (body,))
+            request = target.request("POST", f"{route(model)}/generate_stream", (body(drawn),))
             try:
                 sent, times, error = _times(target, request, timeout_s)
             except (OSError, ValueError, ServeError) as failure:
