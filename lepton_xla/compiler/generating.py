@@ -260,10 +260,25 @@ def _decode(generation: Generation, length: int) -> Callable[[_Fn], _Fn]:
         def decode(w: Any, token: Any, position: Any, *cache: Any) -> dict[str, Any]:
             prompt, lengths = jnp.zeros((1, length), jnp.int32), jnp.ones(1, jnp.int32)
             form = CacheFormat(generation)
-            out = name_leaves(fn(w, prompt, lengths, *form.read(cache), token, position))
+            out = name_leaves(_updated_once(fn)(w, prompt, lengths, *form.read(cache), token, position))
             after = form.write(cache, [out[f"decode/{name}"] for name in _cache_names(generation)], position)
             return {"logits": out["decode/logits"], **{f"cache/{index}": leaf for index, leaf in enumerate(after)}}
 
         return decode
 
     return make
+
+
+def _updated_once(fn: _Fn) -> _Fn:
+    """The same function, in which what an update makes is one array for all that read it.
+
+    XLA merges the update of a cache into each of its readers, and then each needs a copy of the whole cache to write to.
+    """
+    from lepton_xla.passes.core.rewriting import rewrite  # here, because serving must not import a pass
+
+    def update(context: Any, eqn: Any, values: list[Any]) -> list[Any] | None:
+        if context.uses[eqn.outvars[0]] < 2:
+            return None
+        return list(jax.lax.optimization_barrier(context.bind(eqn, values)))
+
+    return rewrite(fn, {"scatter": update, "dynamic_update_slice": update}, inline=True, on_unknown="keep")

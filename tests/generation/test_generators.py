@@ -18,11 +18,13 @@ from generation_models import (
     linen_decoder,
     linen_reference,
     nnx_reference,
+    normal,
     seq2seq_weights,
 )
 
 import lepton_xla as lx
-from lepton_xla.compiler import loading
+from lepton_xla.compiler import generating, loading, stepping
+from lepton_xla.compiler.flattening import flat_functions
 
 CAPACITY = 24
 PROMPTS = [[5, 3, 9], [1], [7, 7, 2, 20, 11, 4, 1, 2], [22, 0, 3, 3, 8]]
@@ -260,3 +262,25 @@ def test_int8_is_refused_where_it_cannot_be():
     plain = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
     with pytest.raises(lx.RecipeError, match="no cache"):
         lx.optimize(plain, INT8_CACHE)
+
+
+def test_a_step_of_one_sequence_copies_no_cache():
+    def init_cache(w, B, S):
+        return jnp.zeros((B, 2, S, 8), "float32")
+
+    def prefill(w, tokens, length):
+        return decode(w, init_cache(w, len(tokens), CAPACITY), tokens[:, 0], length)
+
+    def decode(w, cache, token, position):
+        query = w[token].reshape(-1, 2, 8)
+        cache = cache.at[jnp.arange(len(token)), :, position].set(query)
+        shares = jax.nn.softmax(jnp.einsum("bhd,bhsd->bhs", query, cache), axis=-1)
+        return jnp.einsum("bhs,bhsd->bhd", shares, cache).reshape(-1, 16) @ w.T, cache
+
+    weights = normal(0, 10, 16)
+    program = lx.Generator(init_cache, prefill, decode, weights, slots=1, capacity=CAPACITY).program
+    step = generating.part(program, 4).decode
+    (_, flat), shapes = flat_functions(step), step.abstract_inputs({})
+    text = jax.jit(flat, **stepping.donation([weights], 2, shapes)).lower(weights, *shapes).compile().as_text()
+    assert f"f32[1,2,{CAPACITY},8]" in text
+    assert not [line for line in text.splitlines() if f" = f32[1,2,{CAPACITY},8]" in line and " copy(" in line]
