@@ -272,7 +272,7 @@ def _decode(generation: Generation, length: int) -> Callable[[_Fn], _Fn]:
 def _updated_once(fn: _Fn) -> _Fn:
     """The same function, in which what an update makes is one array for all that read it.
 
-    XLA merges the update of a cache into each of its readers, and then each needs a copy of the whole cache to write to.
+    XLA merges the update of a cache into each of its readers, each of which then needs a copy of the whole cache.
     """
     from lepton_xla.passes.core.rewriting import rewrite  # here, because serving must not import a pass
 
