@@ -1,17 +1,21 @@
 """Tokens per second of a decoder with random weights: formats of weights, sequences at once, other libraries beside it.
 
-    python benchmarks/generation.py [--quick] [--pages] [--json FILE]
+    python benchmarks/generation.py [--quick] [--pages] [--json FILE] [--folder DIR [--prepare]]
 
 The decoder has the shape of GPT-2 (12 layers of 768, 124 M weights with its tables of words and places): random weights
 take as long as trained ones. Every figure is greedy decoding after a prompt of 32 tokens; contenders take turns. Other
 libraries (`generation_peers.py`) take part if they are installed. Then clients stream from a server: one alone from a
 model with one slot, eight at once from one with eight. The last table is of a new process: until the model is loaded,
 import included, and from there to the first token.
+
+Compiling and exporting take longer than measuring. With `--folder` what they make is kept and, at the same commit,
+taken again, so that the measurement can be run later, alone on the machine; `--prepare` makes it and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import pathlib
 import statistics
@@ -121,7 +125,10 @@ def decoder(shape: Shape) -> tuple[Any, Functions]:
 
 
 def made(shape: Shape, recipe: str, slots: int, folder: pathlib.Path) -> tuple[pathlib.Path, int]:
-    """Compile one artifact; give where it is, and the bytes of its weights in memory."""
+    """Compile one artifact, unless it is there; give where it is, and the bytes of its weights in memory."""
+    path = folder / f"{recipe}-{slots}.lepton"
+    if path.exists():
+        return path, lx.load(path).weights_bytes
     weights, functions = decoder(shape)
     program = lx.Generator(*functions, weights, slots=slots, capacity=shape.capacity).program
     lengths = {"length": (PROMPT,)}
@@ -130,7 +137,6 @@ def made(shape: Shape, recipe: str, slots: int, folder: pathlib.Path) -> tuple[p
     chosen = lx.Recipe(name=recipe, fold=False) if recipe == "float32" else lx.Recipe.load(weights_only)
     chosen = chosen.replace({"cache": small}) if small else chosen
     program = lx.optimize(program, chosen, buckets=lengths)
-    path = folder / f"{recipe}-{slots}.lepton"
     lx.compile(program, lengths, name="decoder").save(path)
     return path, lx.load(path).weights_bytes
 
@@ -160,8 +166,8 @@ def start_s(path: pathlib.Path) -> dict[str, float]:
     return {"loaded": loaded, "first_token": first}
 
 
-def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """All figures."""
+def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any] | None:
+    """All figures; None if it was only to prepare."""
     shape = Shape(options.quick)
     prompts = np.random.default_rng(1).integers(1, shape.vocabulary, (max(SLOTS), PROMPT))
     calls = {} if options.quick else generation_peers.calls(shape, prompts, SLOTS, folder)
@@ -180,6 +186,8 @@ def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
             )
             weights_bytes[recipe], paths[recipe] = size, path
             cache_bytes[recipe] = stepper.cache_bytes
+    if options.prepare:
+        return None
     times = harness.interleave(calls, rounds=5, seconds=options.seconds)
     sequences = {name: 1 if name.endswith(" 1") else max(SLOTS) for name in calls}
     served = {
@@ -246,10 +254,20 @@ def main() -> int:
     parser.add_argument("--pages", action="store_true", help="write docs/benchmarks/generation.md")
     parser.add_argument("--seconds", type=float, default=90.0, help="of the timing")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
+    parser.add_argument("--folder", type=pathlib.Path, help="keep what is compiled and exported, or take it from there")
+    parser.add_argument("--prepare", action="store_true", help="with --folder: make what is missing, measure nothing")
     options = parser.parse_args()
+    if options.prepare and options.folder is None:
+        parser.error("--prepare goes with --folder")
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, pathlib.Path(folder))
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder /= f"{harness.machine()['commit']}{'-quick' * options.quick}"
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measure(options, folder)
+    if found is None:
+        print(f"\n{time.perf_counter() - began:.0f} s; now without --prepare")
+        return 0
     run = harness.machine(generation_peers.PACKAGES) | {"command": harness.command()}
     result = {"decoder": {"found": found, "run": run}}
     print(tables(found))

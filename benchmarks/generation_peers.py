@@ -1,8 +1,8 @@
 """The same decoder in other libraries: Hugging Face transformers on PyTorch, ONNX Runtime GenAI, OpenVINO GenAI.
 
 transformers runs GPT-2's own shape. The other two get a Llama with as many weights in its layers and the same table,
-exported by their own tools from random weights. OpenVINO computes in float32 where it is called so; with int8 and int4
-weights it rounds activations to int8 too, which is its default.
+exported by their own tools from random weights, once for a folder. OpenVINO computes in float32 where it is called so;
+with int8 and int4 weights it rounds activations to int8 too, which is its default.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def calls(shape: Shape, prompts: np.ndarray, rows: Sequence[int], folder: pathli
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     made: dict[str, Callable[[int], Any]] = {"transformers on PyTorch, float32": _transformers(shape, prompts)}
     if _installed("onnxruntime_genai", "onnx_ir") or _installed("openvino_genai", "optimum.intel"):
-        _save_llama(shape, folder / "llama")
+        _once(folder / "llama", lambda path: _save_llama(shape, path))
     for name, short in _FORMATS.items():
         if _installed("onnxruntime_genai", "onnx_ir"):
             made[f"ONNX Runtime GenAI, {name}"] = _onnxruntime(shape, prompts, folder, short)
@@ -87,15 +88,29 @@ def _save_llama(shape: Shape, path: pathlib.Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(path)
 
 
-def _export(*command: str) -> None:
-    subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
+def _once(path: pathlib.Path, make: Callable[[pathlib.Path], object]) -> None:
+    """Make a folder unless it is there; one that was broken off is made anew."""
+    if not path.exists():
+        part = path.with_name(f"{path.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        make(part)
+        part.rename(path)
+
+
+def _export(path: pathlib.Path, command: Callable[[str], Sequence[str]]) -> None:
+    def make(part: pathlib.Path) -> None:
+        done = subprocess.run([sys.executable, "-m", *command(str(part))], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{path.name}: {done.stderr[-2000:]}")
+
+    _once(path, make)
 
 
 def _onnxruntime(shape: Shape, prompts: np.ndarray, folder: pathlib.Path, short: str) -> Callable[[int], Any]:
-    path = str(folder / f"onnxruntime-{short}")
-    _export("onnxruntime_genai.models.builder", "-i", str(folder / "llama"), "-o", path, "-p", short, "-e", "cpu")
+    path, model_of = folder / f"onnxruntime-{short}", ("-i", str(folder / "llama"), "-p", short, "-e", "cpu")
+    _export(path, lambda out: ("onnxruntime_genai.models.builder", *model_of, "-o", out))
     library: Any = importlib.import_module("onnxruntime_genai")
-    model = library.Model(path)
+    model = library.Model(str(path))
 
     def call(rows: int) -> None:
         length = prompts.shape[1] + shape.tokens
@@ -110,13 +125,14 @@ def _onnxruntime(shape: Shape, prompts: np.ndarray, folder: pathlib.Path, short:
 
 
 def _openvino(shape: Shape, prompts: np.ndarray, folder: pathlib.Path, short: str) -> Callable[[int], Any]:
-    path = str(folder / f"openvino-{short}")
+    path = folder / f"openvino-{short}"
     task = ("--task", "text-generation-with-past", "--library", "transformers", "--weight-format", short)
-    _export("optimum.commands.optimum_cli", "export", "openvino", "-m", str(folder / "llama"), *task, path)
+    start = ("optimum.commands.optimum_cli", "export", "openvino", "-m", str(folder / "llama"))
+    _export(path, lambda out: (*start, *task, out))
     library: Any = importlib.import_module("openvino_genai")
     tensor: Any = importlib.import_module("openvino").Tensor
     exact = {"INFERENCE_PRECISION_HINT": "f32"} if short == "fp32" else {}
-    pipeline = library.LLMPipeline(path, "CPU", **exact)
+    pipeline = library.LLMPipeline(str(path), "CPU", **exact)
     config = library.GenerationConfig()
     config.max_new_tokens = config.min_new_tokens = shape.tokens
     config.ignore_eos, config.do_sample = True, False

@@ -352,7 +352,8 @@ def test_one_replica_that_is_five_times_slower_is_not_felt(tmp_path: pathlib.Pat
 
 
 def test_a_decoder_is_timed_in_each_format_alone_and_with_others(tmp_path: pathlib.Path) -> None:
-    found = figures("generation.py", tmp_path, "--seconds", "5")["decoder"]["found"]
+    found = figures("generation.py", tmp_path, "--seconds", "5", "--folder", str(tmp_path))["decoder"]["found"]
+    assert len(list(tmp_path.glob("*-quick/*.lepton"))) == 10, "kept for a later measurement"
     for recipe in ("float32", "int8", "int8-weight-only", "int4-weight-only"):
         assert all(found["tokens_per_s"][f"{recipe} {slots}"] > 0 for slots in (1, 8))
         assert all(found["served_tokens_per_s"][f"{recipe} {slots}"] > 0 for slots in (1, 8))
