@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.serve.load.result import Load, Result
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "apps"
 TARGET = """
@@ -48,6 +49,13 @@ def modules(monkeypatch, tmp_path):
     yield importlib.import_module("loop"), importlib.import_module("reports")
     for name in ("loop", "reports"):
         sys.modules.pop(name, None)
+
+
+def test_latency_and_failures_of_a_load_are_read(modules, monkeypatch):
+    status, took = np.array([200, 200, 503]), np.array([0.002, 0.004, 9.0])
+    run = Result(Load(100.0, 8, 1.0, 0.0, 9.0), 1.0, np.zeros(3), took, status, np.zeros(3), 3, 2, 1, 0.1)
+    monkeypatch.setattr(modules[0], "leptonx", lambda *_, fine: {"runs": [run.to_json()]})
+    assert modules[0].loaded("URL", "tiny", "one.npz", 1.0) == {"p50_ms": 2.0, "p99_ms": 4.0, "failed": 1}
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def test_in_a_browser_a_question_is_answered_word_by_word(browser, page):
 
 
 @pytest.mark.slow
-def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch):
+def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch, request):
     monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
     figures = app["run"].main(["--quick"])
     assert figures["accuracy"] >= 0.9
@@ -217,4 +217,13 @@ def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch):
             connection.request("POST", "/v1/chat/completions", json.dumps(chat))
             answer = json.loads(connection.getresponse().read())
         assert answer["choices"][0]["message"]["content"] == task.replies[0]
+        browser = request.getfixturevalue("browser")  # here, so that all else is tried without one
+        browser.goto(page.url)
+        browser.fill("#question", "what about card arrival")
+        browser.click("#send")
+        browser.wait_for_function("!document.getElementById('send').disabled")
+        assert browser.eval_on_selector_all("#talk li", "lines => lines.map(line => line.textContent)") == [
+            "what about card arrival", task.replies[0],
+        ]  # fmt: skip
+        assert browser.said == []
         page.shutdown()

@@ -70,15 +70,16 @@ def updates(steps: int, rate: float = RATE) -> optax.GradientTransformation:
 
 def fitted(start: train.Model, loss: train.Loss, batch: Batches, steps: int, name: str) -> lx.Program:
     """Train once, then read what was trained; a run that was broken off goes on."""
-    folder = reports.folder() / "images" / "runs"
+    # What is trained on depends on what judges, so it is part of the name.
+    kept_as = reports.folder() / "images" / "runs" / f"{name}-{steps}-of-{len(digits_data.data().images)}"
 
     def trained() -> Mapping[str, jax.Array]:
-        kept = train.Checkpoints(folder / f"{name}-{steps}", every=200, keep=1)
+        kept = train.Checkpoints(kept_as, every=200, keep=1)
         return train.fit(
             start, loss, updates(steps), batch, steps=steps, ema=AVERAGE, checkpoint=kept, progress=False
         ).program.weights  # fmt: skip
 
-    weights = runs.once(folder / f"{name}-{steps}.npz", trained)
+    weights = runs.once(kept_as.with_name(f"{kept_as.name}.npz"), trained)
     return start.program.replace(weights={path: jnp.asarray(weights[path]) for path in start.program.weights})
 
 
