@@ -35,7 +35,7 @@ from sklearn.model_selection import train_test_split
 import lepton_xla as lx
 from lepton_xla.federated import FederatedSpec, Federation, Privacy, partition, simulate
 
-FORMATS = ("float32", "int8", "int4", "top-k")
+FORMATS = ("float32", "int8", "int4", "int3", "top-k")
 CLIENTS = (10, 50)
 CONCENTRATION = 0.3
 WIDTH = 512
@@ -249,8 +249,9 @@ HEAD = (
     "# Federated training",
     """What clients that keep their rows lose against one that has them all, and what they send. `alike` deals rows out
 evenly; `by label` draws the shares of each class from a Dirichlet distribution with concentration 0.3. All clients take
-part in each round, and the server averages by rows (FedAvg). int8 and int4 share a scale among 256 numbers; top-k sends
-the 5 % largest changes in int8 with their places; all three send later what they left out. Bytes are those of all
+part in each round, and the server averages by rows (FedAvg). int8, int4 and int3 share a scale among 256 numbers; int3
+has nine codes, five of them in two bytes; top-k sends the 5 % largest changes in int8 with their places; all four send
+later what they left out. Bytes are those of all
 updates of a round. One seed.""",
     "Aim: at most 0.5 points lost against float32 updates on the same partition with 8 times fewer bytes.",
 )

@@ -53,7 +53,7 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--proximal", type=float, help="FedProx: weight of the distance to the server's weights."),
             click.option(
                 "--updates",
-                type=click.Choice(("float32", "int8", "int4", "top-k")),
+                type=click.Choice(("float32", "int8", "int4", "int3", "top-k")),
                 help="What clients send. What rounding leaves out is sent later.",
             ),
             click.option("--kept", type=float, help="With top-k: share of the changes that is sent."),
@@ -194,7 +194,7 @@ def server(
     vanishes, sends what does not fit or is not finite, is left out of its round, and the line of the round says so. A
     server that was killed goes on at its last round with the same command, and clients find it again.
 
-    Flower starts a Python process for each message, which takes seconds: let rounds be long (--epochs).
+    Each message begins with a fresh process at the client, which takes seconds: let rounds be long (--epochs).
 
     \b
       leptonx federate server digits.py:federated --clients 3 --rounds 3 -o digits.lepton

@@ -13,7 +13,7 @@ import msgspec
 from lepton_xla.errors import FederatedError, first_line
 
 type Rule = Literal["average", "momentum", "adam"]
-type UpdateFormat = Literal["float32", "int8", "int4", "top-k"]
+type UpdateFormat = Literal["float32", "int8", "int4", "int3", "top-k"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Federation:
         momentum: decay of `momentum`, and the first of `adam`.
         proximal: weight of half the squared distance to the server's weights in the clients' loss (FedProx, Li et al.
             2020, arXiv:1812.06127); 0 for none.
-        updates: what clients send: `float32`; `int8` or `int4` codes in groups of 256; or `top-k`, the `kept` largest
-            changes in int8. What rounding leaves out is sent with the next rounds (error feedback, Karimireddy et al.
-            2019, arXiv:1901.09847).
+        updates: what clients send: `float32`; `int8`, `int4` or `int3` codes in groups of 256, where int3 is -4 to 4
+            and takes 3.26 bits with its scales; or `top-k`, the `kept` largest changes in int8. What rounding leaves
+            out is sent with the next rounds (error feedback, Karimireddy et al. 2019, arXiv:1901.09847).
         kept: share of the changes that `top-k` sends.
         personal: regular expressions; weights whose whole path matches stay with their client, such as `.*head.*`.
         privacy: differential privacy of each row; None for none.
@@ -190,7 +190,7 @@ class Federation:
             raise FederatedError(f"the settings of the federation cannot be read: {first_line(error)}") from error
 
 
-FORMATS = ("float32", "int8", "int4", "top-k")
+FORMATS = ("float32", "int8", "int4", "int3", "top-k")
 """What `Federation.updates` may be."""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lepton_xla.errors import FederatedError
 from lepton_xla.federated.settings import Federation
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 # Numbers that share a scale. Its two bytes raise int4 by 1.6 %; a scale for the whole vector would round the changes
 # of a layer with small weights to zero for many rounds.
 _GROUP = 256
+# Codes -4 to 4 of `int3`: five of them are a number below 9^5, which two bytes hold.
+_LEVELS, _PER_WORD = 9, 5
+_POWERS = np.uint32(_LEVELS) ** np.arange(_PER_WORD, dtype=np.uint32)[None]
 
 type Payload = dict[str, Any]
 """The arrays of an update by name: shapes and dtypes are those of `Codec.shapes`."""
@@ -88,6 +92,8 @@ class Codec:
         """Make an update of a float32 vector."""
         if self._format == "float32":
             return {"values": vector}
+        if self._format == "int3":
+            return self._words(vector)
         if self._format != "top-k":
             return self._codes(vector, self._format)
         # They are sorted by size, so numbers of about one size share a scale.
@@ -98,6 +104,8 @@ class Codec:
         """The vector of an update."""
         if self._format == "float32":
             return jnp.asarray(payload["values"])
+        if self._format == "int3":
+            return self._values_of_words(payload)
         if self._format != "top-k":
             return self._values(payload, self._format, self._length)
         places = payload["places"].astype(jnp.int32)
@@ -140,8 +148,33 @@ class Codec:
         stored = QTensor(jnp.asarray(payload["codes"]), scale, name, count + self._padding(count))
         return stored.dequantize()[:count, 0]
 
+    def _words(self, vector: jax.Array) -> Payload:
+        groups = jnp.pad(vector, (0, -self._length % _GROUP)).reshape(-1, _GROUP)
+        # Rounded up, so that no number lies beyond the last code by more than float32's rounding.
+        largest = jnp.abs(groups).max(1) / (_LEVELS // 2)
+        scales = lax.bitcast_convert_type(largest, jnp.uint32)
+        scales = (scales + 0xFFFF) >> 16
+        steps = _bfloat16(scales)[:, None]
+        codes = jnp.round(groups / jnp.where(steps > 0, steps, 1)) + _LEVELS // 2
+        codes = jnp.clip(codes, 0, _LEVELS - 1).astype(jnp.uint32).reshape(-1)[: self._length]
+        fives = jnp.pad(codes, (0, -self._length % _PER_WORD)).reshape(-1, _PER_WORD)
+        words = (fives * _POWERS).sum(1, dtype=jnp.uint32)
+        return {"codes": words.astype(jnp.uint16), "scales": scales.astype(jnp.uint16)}
+
+    def _values_of_words(self, payload: Mapping[str, Any]) -> jax.Array:
+        words = jnp.asarray(payload["codes"]).astype(jnp.uint32)[:, None]
+        fives = words // _POWERS % _LEVELS
+        codes = fives.reshape(-1)[: self._length].astype(jnp.float32) - _LEVELS // 2
+        steps = jnp.repeat(_bfloat16(jnp.asarray(payload["scales"])), _GROUP)[: self._length]
+        return codes * steps
+
     def _padding(self, count: int) -> int:
         return -count % _GROUP if count > _GROUP else 0
 
     def _granularity(self, count: int) -> str:
         return f"group:{_GROUP}" if count > _GROUP else "channel"
+
+
+def _bfloat16(bits: jax.Array) -> jax.Array:
+    """float32 numbers of the upper halves of their bits."""
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)

@@ -16,9 +16,10 @@ VECTOR = np.random.default_rng(0).normal(size=LENGTH).astype(np.float32)
 
 
 # By hand: 1,000 numbers are padded to 1,024 in 4 groups, with a bfloat16 scale each; 5 % of them are 50, whose places
-# take two bytes each, and which share one float32 scale.
+# take two bytes each, and which share one float32 scale. int3 has five numbers in two bytes.
 @pytest.mark.parametrize(
-    ("updates", "size"), [("float32", 4000), ("int8", 1024 + 8), ("int4", 512 + 8), ("top-k", 50 * 3 + 4)]
+    ("updates", "size"),
+    [("float32", 4000), ("int8", 1024 + 8), ("int4", 512 + 8), ("int3", 400 + 8), ("top-k", 50 * 3 + 4)],
 )
 def test_bytes_of_an_update(updates, size):
     codec = Codec(Federation(updates=updates), LENGTH)
@@ -27,13 +28,26 @@ def test_bytes_of_an_update(updates, size):
     codec.check(update)
 
 
-@pytest.mark.parametrize(("updates", "codes"), [("int8", 127), ("int4", 7)])
+@pytest.mark.parametrize(("updates", "codes"), [("int8", 127), ("int4", 7), ("int3", 4)])
 def test_codes_are_within_half_a_step(updates, codes):
     codec = Codec(Federation(updates=updates), LENGTH)
     error = np.abs(np.asarray(codec.decode(codec.encode(jnp.asarray(VECTOR)))) - VECTOR)
     for start in range(0, LENGTH, 256):
         group = slice(start, start + 256)
         assert error[group].max() <= np.abs(VECTOR[group]).max() / codes * 0.5 * 1.02  # scales are bfloat16
+
+
+def test_int3_by_hand():
+    """Codes -4 to 4 as digits of a number in base 9, the first the lowest; a group of zeros stays zero."""
+    codec = Codec(Federation(updates="int3"), 258)
+    vector = np.zeros(258, np.float32)
+    vector[:6] = [4.0, -4.0, 1.4, -0.6, 0.0, 2.0]
+    update = jax.device_get(codec.encode(jnp.asarray(vector)))
+    assert update["codes"].tolist()[:2] == [8 + 0 * 9 + 5 * 81 + 3 * 729 + 4 * 6561, 6 + 4 * (9 + 81 + 729 + 6561)]
+    assert update["scales"].tolist() == [0x3F80, 0]  # bfloat16 1, and 0
+    decoded = np.asarray(codec.decode(update))
+    assert decoded[:6].tolist() == [4.0, -4.0, 1.0, -1.0, 0.0, 2.0]
+    assert not decoded[6:].any()
 
 
 def test_top_k_keeps_the_largest():
@@ -44,7 +58,7 @@ def test_top_k_keeps_the_largest():
     np.testing.assert_allclose(decoded[largest], VECTOR[largest], atol=np.abs(VECTOR).max() / 127 * 0.51)
 
 
-@pytest.mark.parametrize("updates", ["int8", "int4", "top-k"])
+@pytest.mark.parametrize("updates", ["int8", "int4", "int3", "top-k"])
 def test_what_rounding_leaves_out_is_sent_later(updates):
     """After any number of rounds, what was sent and what is left is what was trained."""
     client = Client({"w": jnp.zeros(LENGTH)}, Federation(updates=updates, kept=0.2))

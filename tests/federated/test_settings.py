@@ -18,7 +18,7 @@ from lepton_xla.federated import Federation, Privacy, partition
         ({"proximal": -1}, "proximal = -1"),
         ({"momentum": 1.0}, "momentum = 1.0; expected a number above 0 and below 1"),
         ({"rule": "median"}, "rule = 'median'; expected average, momentum, adam"),
-        ({"updates": "int2"}, "updates = 'int2'; expected float32, int8, int4, top-k"),
+        ({"updates": "int2"}, "updates = 'int2'; expected float32, int8, int4, int3, top-k"),
         ({"updates": "int8", "secure": True}, "cannot take updates = 'int8'"),
         ({"updates": "top-k", "secure": True}, "cannot take updates = 'top-k'"),
         ({"personal": "head"}, "personal is a text"),

@@ -96,7 +96,7 @@ def test_the_simulation_computes_what_clients_do(changes, monkeypatch):
     monkeypatch.setattr("lepton_xla.federated.simulation.calibrate_noise", lambda settings, rounds: 0.5)
     monkeypatch.setattr("lepton_xla.federated.simulation.epsilon", lambda *args: 1.0)
     assert jax.local_device_count() == 2
-    clients = uneven(5, 9, 7, 12, 8, 6, 10)  # four on one device, three and padding on the other
+    clients = uneven(5, 12, 5, 12, 12, 5, 12)  # four on one device, three and padding on the other
     settings = Federation(rounds=3, epochs=2, batch_rows=4, seed=3, **changes)
     result = simulate(fleets.spec(), clients, settings)
     state, kept = by_hand(fleets.spec(), clients, settings, 3, noise=0.5)
