@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown.
 
-    >>> print(table(["key", "default"], [["a|b", "`1`"]]))
+    >>> print(table(["key", "default"], [["a|b", "`1|2`"]]))
     | key | default |
     |---|---|
-    | a\\|b | `1` |
+    | a\\|b | `1|2` |
     <BLANKLINE>
     """
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -21,7 +21,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    # A bar in code ends no cell, and a backslash before it would be seen.
+    parts = re.split(r"(`+[^`]+`+)", " ".join(str(value).split()))
+    return "".join(part if number % 2 else part.replace("|", "\\|") for number, part in enumerate(parts))
 
 
 def code(text: object) -> str:
