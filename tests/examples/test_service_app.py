@@ -194,6 +194,7 @@ def test_in_a_browser_a_question_is_answered_word_by_word(browser, page):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch, request):
     monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
     figures = app["run"].main(["--quick"])
