@@ -1,10 +1,11 @@
 """A server and three clients, each in processes of its own, over TLS on this machine: minutes, as Flower starts many.
 
-    python examples/federated.py [--rounds N] [--clients N] [--updates int4]
+    python examples/federated.py [--rounds N] [--clients N] [--updates int4] [--alike]
 
-The digits are split by label, so that each client has other ones; no client's images leave it. Needs the extra
-`federated`, and the package `trustme` for certificates. Writes build/federated/: `digits.lepton`, each end's log, and
-summary.json with the accuracy on 450 held-out images and the bytes of each round. The same by hand, in four shells:
+The digits are split by label, so that each client has other ones (`--alike`: evenly); no client's images leave it.
+Needs the extra `federated`, and the package `trustme` for certificates. Writes build/federated/: `digits.lepton`, each
+end's log, and summary.json with the accuracy on 450 held-out images and the bytes of each round, beside the simulation
+of the same clients and a training that has all rows. The same by hand, in four shells:
 
     leptonx federate server examples/federated.py:federated --clients 3 -o digits.lepton
     leptonx federate client examples/federated.py:federated --server 127.0.0.1:9092 --folder one --part 1/3
@@ -70,12 +71,22 @@ def certificates(folder: pathlib.Path) -> dict[str, str]:
     return files
 
 
+def simulation(clients: list[dict[str, np.ndarray]], options: argparse.Namespace) -> dict[str, float]:
+    """The same rounds in this process."""
+    spec = federated()
+    last = lx.federated.simulate(
+        spec, clients, spec.federation.replace(rounds=options.rounds, updates=options.updates)
+    ).rounds[-1]
+    return {"accuracy": last.evaluation["accuracy"], "loss": last.metrics["loss"]}
+
+
 def main() -> None:
     """Start all ends, and wait for the server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--updates", default="int4", choices=("float32", "int8", "int4", "top-k"))
+    parser.add_argument("--updates", default="int4", choices=("float32", "int8", "int4", "int3", "top-k"))
+    parser.add_argument("--alike", action="store_true", help="deal the rows out evenly, instead of by label")
     options = parser.parse_args()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
@@ -89,7 +100,8 @@ def main() -> None:
     clients = []
     for number in range(1, options.clients + 1):
         args = ["client", target, "--server", f"127.0.0.1:{port}", "--folder", str(FOLDER / f"client-{number}")]
-        args += ["--tls-ca", files["ca"], "--part", f"{number}/{options.clients}", "--by-label", str(CONCENTRATION)]
+        args += ["--tls-ca", files["ca"], "--part", f"{number}/{options.clients}"]
+        args += [] if options.alike else ["--by-label", str(CONCENTRATION)]
         clients.append(subprocess.Popen([*command, *args], env=environment))
     args = ["server", target, "--port", str(port), "--clients", str(options.clients), "--rounds", str(options.rounds)]
     args += ["--updates", options.updates, "--folder", str(FOLDER / "server"), "-o", str(FOLDER / "digits.lepton")]
@@ -102,14 +114,23 @@ def main() -> None:
             client.wait()
     rounds = json.loads(done.stdout)["rounds"]
     served = lx.load(FOLDER / "digits.lepton")
+    label = None if options.alike else "label"
+    parts = lx.federated.partition(rows(), options.clients, label=label, concentration=CONCENTRATION)
+    simulated = simulation(parts, options)
+    central = simulation([rows()], options)
     summary = {
         "accuracy": digits.evaluate(served)["accuracy"],
+        "loss": rounds[-1]["metrics"]["loss"],
+        "simulated": simulated,
+        "central": central,
         "rounds": [{name: each[name] for name in ("clients", "bytes_up", "bytes_down", "seconds")} for each in rounds],
     }
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for each in rounds:
         print(f"round {each['round']}: {each['clients']} clients, {each['bytes_up']:,} bytes, {each['seconds']:.0f} s")
-    print(f"accuracy {summary['accuracy']:.2%}")
+    print(f"accuracy {summary['accuracy']:.2%}, loss of the last round {summary['loss']:.5f}")
+    for name, found in (("simulated", simulated), ("all rows in one place", central)):
+        print(f"{name}: accuracy {found['accuracy']:.2%}, loss of the last round {found['loss']:.5f}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def server(
     vanishes, sends what does not fit or is not finite, is left out of its round, and the line of the round says so. A
     server that was killed goes on at its last round with the same command, and clients find it again.
 
-    Flower starts a Python process for each message, which takes seconds: let rounds be long (--epochs).
+    Each message begins with a fresh process at the client, which takes seconds: let rounds be long (--epochs).
 
     \b
       leptonx federate server digits.py:federated --clients 3 --rounds 3 -o digits.lepton

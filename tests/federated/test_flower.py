@@ -280,7 +280,7 @@ def test_a_secure_sum_is_the_plain_one_within_its_step(tmp_path, target, gone):
     plain = settings.replace(secure=False)
     alone = members(tmp_path / "plain", parts)
     vector = np.concatenate([np.asarray(fleets.program().weights[path]).ravel() for path in ("body", "head")])
-    answers = [alone[number - 1].answer(vector, plain, 0, number) for number in (1, 2, 3) if number not in gone]
+    answers = [alone[number - 1].answer(vector, plain, 0, number - 1) for number in (1, 2, 3) if number not in gone]
     rows = [answer.rows for answer in answers]
     mean = np.average([answer.update["values"] for answer in answers], axis=0, weights=rows)
     moved = np.concatenate([np.asarray(weights[path]).ravel() for path in ("body", "head")]) - vector
@@ -298,7 +298,7 @@ def free_port():
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.slow  # Flower starts a Python process for each message: minutes
+@pytest.mark.slow  # nine Python processes import JAX and Flower: minutes on a busy machine
 def test_real_processes_over_tls(tmp_path):
     pytest.importorskip("flwr")
     import trustme
@@ -321,9 +321,10 @@ def test_real_processes_over_tls(tmp_path):
             folder = tmp_path / part[0]
             args = ["client", "net.py:spec", "--server", f"127.0.0.1:{port}", "--tls-ca", "ca.pem", "--part", part]
             started.append(subprocess.Popen([*command, *args, "--folder", str(folder)], cwd=tmp_path, env=environment))
-        args = ["server", "net.py:spec", "--port", str(port), "--clients", "3", "--rounds", "3", "--updates", "int8"]
+        args = ["server", "net.py:spec", "--port", str(port), "--clients", "3", "--rounds", "3", "--batch-rows", "8"]
         args += ["--tls-cert", "cert.pem", "--tls-key", "key.pem", "--tls-ca", "ca.pem", "--json"]
         first = subprocess.Popen([*command, *args], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+        started.append(first)
         reports = tmp_path / "federation" / "rounds.jsonl"
         end = time.monotonic() + 600
         while not reports.exists() and time.monotonic() < end:
@@ -336,6 +337,10 @@ def test_real_processes_over_tls(tmp_path):
         found = json.loads(done.stdout)
         assert [each["round"] for each in found["rounds"]] == [1, 2, 3]
         assert all(each["clients"] == 3 for each in found["rounds"])
+        settings = Federation(rounds=3, batch_rows=8)
+        same = simulate(fleets.spec(), lx.federated.partition(fleets.table(60), 3), settings)
+        losses = [[each.metrics["loss"] for each in same.rounds], [each["metrics"]["loss"] for each in found["rounds"]]]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
     finally:
         for process in started:
             process.send_signal(signal.SIGTERM)

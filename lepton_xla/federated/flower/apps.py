@@ -92,10 +92,12 @@ def _take_part(vector: np.ndarray, task: Any, config: Any, node: int) -> Answer:
     member = _member(target, folder, part, concentration, None if most is None else float(most))
     if digest != digest_of(Client(member.weights, settings)):
         raise FederatedError("the server's model has other weights than this client's: paths or shapes differ")
-    return member.answer(vector, settings, round_, node % (1 << 31))
+    # In a trial it is the client of this place in the simulation, whose rows come in the same order.
+    number = int(part.split("/")[0]) - 1 if part else node % (1 << 31)
+    return member.answer(vector, settings, round_, number)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)
 def _member(target: str, folder: pathlib.Path, part: str, concentration: float, most: float | None) -> Member:
     # Flower starts a process for each message; what XLA compiled for the last one is read again.
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))

@@ -17,10 +17,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from lepton_xla.errors import FederatedError
+from lepton_xla.federated.flower import workers
 from lepton_xla.federated.flower.messages import flower
 from lepton_xla.launch import guard as guards
 
-_START_S, _STOP_S, _POLL_S = 180.0, 10.0, 0.5
+_START_S, _STOP_S, _POLL_S = 600.0, 10.0, 0.5
 _APP = "lepton_federation"
 _PROJECT = """[project]
 name = "lepton-federation"
@@ -137,13 +138,15 @@ def run_server(
         raise FederatedError(f"port {port} of {reached} is in use; give another --port")
     installs = "--disable-runtime-dependency-installation"
     command = ["flower-superlink", *tls, "--host", host, "--port", str(port), installs]
-    with _process(command, folder / "superlink.log", home) as superlink:
-        _wait_for(lambda: _listens(reached, port), superlink, folder / "superlink.log", "Flower's SuperLink")
-        with _process(["flwr", "run", str(app), "lepton", "--stream"], folder / "run.log", home) as run:
+    log = folder / "superlink.log"
+    environment = _environment(home, folder / "bin")
+    with _workers(folder / "bin", "flwr-serverapp", log, environment), _process(command, log, environment) as superlink:
+        _wait_for(lambda: _listens(reached, port), superlink, log, "Flower's SuperLink")
+        with _process(["flwr", "run", str(app), "lepton", "--stream"], folder / "run.log", environment) as run:
             while not (folder / "outcome.json").exists():
-                for process, log in ((superlink, "superlink.log"), (run, "run.log")):
+                for process, name in ((superlink, log.name), (run, "run.log")):
                     if process.poll() is not None and not _appears(folder / "outcome.json"):
-                        raise FederatedError(f"the training ended early; see {folder / log}")
+                        raise FederatedError(f"the training ended early; see {folder / name}")
                 watch()
                 time.sleep(_POLL_S)
     watch()
@@ -181,20 +184,36 @@ def run_client(
     tls = ["--insecure"] if authorities is None else ["--root-certificates", authorities]
     own = str(own_port or _free_port())
     command = ["flower-supernode", *tls, "--superlink", server, "--port", own, "--node-config", texts]
-    with _process(command, folder / "supernode.log", home) as node:
+    log = folder / "supernode.log"
+    environment = _environment(home, folder / "bin")
+    with _workers(folder / "bin", "flwr-clientapp", log, environment), _process(command, log, environment) as node:
         return node.wait()
 
 
 @contextlib.contextmanager
-def _process(command: Sequence[str], log: pathlib.Path, home: pathlib.Path) -> Generator[subprocess.Popen[bytes]]:
+def _workers(folder: pathlib.Path, name: str, log: pathlib.Path, environment: dict[str, str]) -> Generator[None]:
+    """Processes that take calls of one of Flower's commands, before any is made."""
+    workers.write_command(folder, name)
+    with _process([sys.executable, "-m", workers.__name__, str(folder), name], log, environment) as process:
+        _wait_for(lambda: workers.ready(folder), process, log, f"what runs {name}")
+        yield
+
+
+def _environment(home: pathlib.Path, first: pathlib.Path) -> dict[str, str]:
+    """Of Flower's processes, which start others by name: those of `first`, then what is installed beside Python."""
+    path = os.pathsep.join([str(first.resolve()), str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")])
+    flowers = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+    return {**os.environ, **flowers, "PATH": path}
+
+
+@contextlib.contextmanager
+def _process(
+    command: Sequence[str], log: pathlib.Path, environment: dict[str, str]
+) -> Generator[subprocess.Popen[bytes]]:
     """A process of Flower with those that it starts, which end with it."""
-    beside = pathlib.Path(sys.executable).parent
-    program = shutil.which(command[0], path=os.pathsep.join([str(beside), os.environ.get("PATH", "")]))
+    program = shutil.which(command[0], path=environment["PATH"])
     if program is None:
         raise FederatedError(f"{command[0]} is not installed: pip install 'lepton-xla[federated]'")
-    # Flower starts its workers by name.
-    path = os.pathsep.join([str(pathlib.Path(program).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": path, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0"}
     with log.open("ab") as file:
         process = subprocess.Popen(  # noqa: S603
             [program, *command[1:]], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
