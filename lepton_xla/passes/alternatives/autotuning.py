@@ -3,7 +3,8 @@
 Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, `attending` for
 attention by a kernel, and `single_row` for products of a single row. Each is timed against XLA's own operation at the
 sizes to be compiled. Then the whole program is timed with all winners, because an operation costs more or less among
-its neighbours than alone.
+its neighbours than alone; if it is slower, with convolutions, products and attention in turn, so that what one of
+them loses does not cost the others' gain.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Choices:
     """The chosen alternatives for the operations of a program; they also apply to what other passes make of it.
 
     Attributes:
-        way: kind of operation -> chosen alternative, `XLA` if none is faster.
+        way: kind of operation, whose first item names its primitive -> chosen alternative, `XLA` if none is faster.
         timings: kind -> the timings behind the choice.
     """
 
@@ -103,6 +104,16 @@ class Choices:
     def any(self) -> bool:
         """Whether any operation has an alternative chosen."""
         return any(way != XLA for way in self.way.values())
+
+    @property
+    def primitives(self) -> list[str]:
+        """Primitives of the operations that have an alternative chosen."""
+        return list(dict.fromkeys(kind[0] for kind, way in self.way.items() if way != XLA))
+
+    def only(self, primitives: Iterable[str]) -> Choices:
+        """The choices for these primitives; XLA's own for all others."""
+        kept = set(primitives)
+        return dataclasses.replace(self, way={kind: way if kind[0] in kept else XLA for kind, way in self.way.items()})
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function with the chosen alternatives."""
@@ -165,20 +176,14 @@ def autotune(
     if not choices.way:
         return program
     metrics: dict[str, Any] = {}
-    reason = ""
+    reasons: dict[str, str] = {}
     if choices.any:
-        try:
-            whole = _time_whole(program, choices, sizes, say, timer)
-        except jax.errors.JaxRuntimeError:  # among its neighbours an operation may get a layout that XLA cannot run
-            reason = "alone another way is faster, but XLA cannot run the whole program with it"
-        else:
-            metrics["whole_program"] = whole
-            if any(WORTH_RATIO * timed["autotuned_us"] > timed["before_us"] for timed in whole):
-                reason = "alone another way is faster, but not in the whole program"
-        if reason:
-            choices = dataclasses.replace(choices, way=dict.fromkeys(choices.way, XLA))
+        choices, reasons, whole = _keep(program, choices, sizes, say, timer)
+        metrics |= {"whole_program": whole} if whole else {}
     reports = tuple(
-        _report(site, choices.way[kind], reason, [timing for timing in timings if timing.site == site])
+        _report(
+            site, choices.way[kind], reasons.get(kind[0], ""), [timing for timing in timings if timing.site == site]
+        )
         for kind, timings in choices.timings.items()
         for site in dict.fromkeys(timing.site for timing in timings)
     )
@@ -364,6 +369,7 @@ def _kind(eqn: Any, *, transposed: bool = False) -> Any:
     if eqn.primitive.name == "dot_general":
         side = single_row.single(eqn)
         return (
+            eqn.primitive.name,
             params["dimension_numbers"],
             side,
             None if side is None else operands[1 - side].shape,
@@ -371,7 +377,7 @@ def _kind(eqn: Any, *, transposed: bool = False) -> Any:
             transposed,
         )
     names = ("dimension_numbers", "window_strides", "lhs_dilation", "rhs_dilation", "feature_group_count")
-    return (*(params[name] for name in names), operands[1].shape, dtypes)
+    return (eqn.primitive.name, *(params[name] for name in names), operands[1].shape, dtypes)
 
 
 def _fastest(timings: Sequence[Timing]) -> str:
@@ -384,17 +390,53 @@ def _fastest(timings: Sequence[Timing]) -> str:
     return best
 
 
-def _time_whole(
+def _keep(
     program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer
+) -> tuple[Choices, dict[str, str], list[dict[str, Any]]]:
+    """The choices that the whole program is not slower with, reasons by primitive against the others, and the times.
+
+    Those are all of them, or else those of each primitive that cost nothing beside the ones kept before it.
+    """
+    whole: list[dict[str, Any]] = []
+
+    def refused(before: Choices, after: Choices, facts: Mapping[str, Any]) -> str:
+        try:
+            times = _time_whole(program, before, after, sizes, say, timer)
+        except jax.errors.JaxRuntimeError:  # among its neighbours an operation may get a layout that XLA cannot run
+            return "alone another way is faster, but XLA cannot run the whole program with it"
+        whole.extend({**timed, **facts} for timed in times)
+        if any(WORTH_RATIO * timed["autotuned_us"] > timed["before_us"] for timed in times):
+            return "alone another way is faster, but not in the whole program"
+        return ""
+
+    reason = refused(choices.only(()), choices, {})
+    if not reason:
+        return choices, {}, whole
+    kept: list[str] = []
+    reasons = dict.fromkeys((kind[0] for kind in choices.way), reason)
+    for primitive in choices.primitives if len(choices.primitives) > 1 else ():
+        now = [*kept, primitive]
+        reasons[primitive] = refused(choices.only(kept), choices.only(now), {"operations": now})
+        kept = kept if reasons[primitive] else now
+    return choices.only(kept), reasons, whole
+
+
+def _time_whole(
+    program: Program,
+    earlier: Choices,
+    choices: Choices,
+    sizes: Sequence[Mapping[str, int]],
+    say: Callable[[str], None],
+    timer: Timer,
 ) -> list[dict[str, Any]]:
-    """Time the whole program, as loaded, before and after."""
+    """Time the whole program, as loaded, with earlier choices and with these."""
     fn, weights = program.fn, program.weights
     if program.expansion is not None:
         fn, weights = program.expansion.fn, jax.jit(program.expansion.expand)(program.weights)
     timed: list[dict[str, Any]] = []
     for at in (sizes[0], sizes[-1])[: min(len(sizes), MAX_SIZES)]:
         say(f"the whole program{_named(at, ' at ')}")
-        both = [(fn, weights), (choices.apply(fn), weights)]
+        both = [(earlier.apply(fn), weights), (choices.apply(fn), weights)]
         before, after = time_programs(both, program.abstract_inputs(at), timer)
         timed.append({"sizes": dict(at), "before_us": before, "autotuned_us": after})
     return timed

@@ -118,6 +118,37 @@ def test_what_is_slower_anywhere_or_faster_by_noise_is_not_taken(clock, microsec
     assert (site.action, site.reason) == (XLA, reason)
 
 
+@pytest.mark.parametrize("loser", ["conv_general_dilated", "dot_general"])
+def test_what_one_operation_loses_in_the_whole_program_does_not_cost_the_gain_of_another(monkeypatch, loser):
+    def model(w, x):
+        return convolution(x, w["depthwise"]).reshape(x.shape[0], -1)[:1].astype(jnp.bfloat16) @ w["dense"]
+
+    weights = {"depthwise": array(3, 3, 1, 4), "dense": array(144, 8, seed=1).astype(jnp.bfloat16)}
+    program = trace(model, weights, IMAGES)
+
+    def time_programs(functions, inputs, *_):
+        if len(inputs) > 1:  # an operation alone
+            return [100.0] + [10.0] * (len(functions) - 1)
+        return [microseconds(str(jax.make_jaxpr(fn)(weights, *inputs))) for fn, weights in functions]
+
+    def microseconds(text):
+        own = {
+            "conv_general_dilated": "conv_general_dilated" in text,
+            "dot_general": "bf16[2,144]" not in text and "f32[144,8]" not in text,
+        }
+        return sum(100.0 if kept else (300.0 if name == loser else 10.0) for name, kept in own.items())
+
+    monkeypatch.setattr(module, "time_programs", time_programs)
+    tuned = autotune(program, sizes=SIZES)
+    (report,) = tuned.history
+    lost = {site.site: site.reason for site in report.sites if site.action == XLA}
+    names = {"conv_general_dilated": "depthwise", "dot_general": "dense"}
+    assert lost == {names[loser]: "alone another way is faster, but not in the whole program"}
+    assert len(report.sites) == 2
+    x = array(3, 6, 6, 4, seed=2)
+    np.testing.assert_allclose(tuned.fn(tuned.weights, x), program.fn(program.weights, x), rtol=0.05, atol=0.1)
+
+
 def test_a_program_without_such_operations_is_not_touched_or_timed(clock):
     seen = clock(shifted_is_fast)
     program = trace(lambda w, x: x @ w["a"], {"a": array(6, 8)}, {"x": TensorSpec(("batch", 6), "float32")})
