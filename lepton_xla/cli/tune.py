@@ -45,7 +45,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="What is to be least: time of a call, bytes on disk, bytes in memory, or the drop of the metric.",
 )
-@click.option("--minutes", type=float, default=10.0, show_default=True, help="Begin no new candidate after this time.")
+@click.option(
+    "--minutes",
+    type=float,
+    default=10.0,
+    show_default=True,
+    help="Time for scoring, building, measuring, training and the artifact, after the model is loaded.",
+)
 @click.option("--trials", type=int, metavar="N", help="Measure at most N candidates.")
 @click.option(
     "--train",
@@ -178,7 +184,7 @@ def tune(
         cheapest = None
         if slo is not None and rate is not None and prices is not None:
             cheapest = _cheapest(slo, rate, targets, prices)
-        budget = Budget(minutes, trials, trainings)
+        budget = Budget(minutes, trials, trainings, rebuild=artifact is not None)
         step(f"load {target}")
         spec = _models.load_target(target)
         training = None if train is None else _models.load_target(train, TrainSpec)
@@ -363,6 +369,8 @@ def _lines(found: Tuning) -> list[str]:
         f"The float model has {found.metric} {metric:.6g} and takes {on_disk} on disk. time: of a call, float's is 1.",
         f"{ends[found.stopped]} It took {_common.seconds(found.seconds)}.",
     ]
+    if found.skipped:
+        lines.append(f"There was no time for: {'; '.join(found.skipped)}.")
     if found.correlations:
         ranks = ", ".join(f"{kind} {value:.2f}" for kind, value in found.correlations.items())
         lines.append(f"Rank correlation of estimates and measurements: {ranks}.")

@@ -51,10 +51,12 @@ class Budget:
     """How long to look for a recipe.
 
     Attributes:
-        minutes: no new candidate is begun after so many minutes, but for the first of each kind.
+        minutes: for scoring, building, measuring and training together. Nothing is begun that would not end in them, by
+            the last step of its kind; at least one candidate is measured. What there was no time for is told.
         trials: no more candidates than these are measured; None: as many as there is time for.
         trainings: no more candidates than these are trained, if a training is given; training then has the second half
             of the minutes.
+        rebuild: whether the minutes are also for building the best again afterwards, such as for an artifact.
 
     Raises:
         TuningError: if there is no time, no trial or no training.
@@ -67,6 +69,7 @@ class Budget:
     minutes: float = 10.0
     trials: int | None = None
     trainings: int = 30
+    rebuild: bool = False
 
     def __post_init__(self) -> None:
         if not (self.minutes > 0 and math.isfinite(self.minutes)):

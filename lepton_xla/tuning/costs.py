@@ -12,7 +12,7 @@ from lepton_xla.compiler.weights import stored_bytes
 from lepton_xla.passes.core.plans import Plan
 from lepton_xla.passes.core.sites import find_sites
 from lepton_xla.passes.core.spreading import is_spread
-from lepton_xla.passes.core.timing import Timer
+from lepton_xla.passes.core.timing import AT_ONCE, Timer
 from lepton_xla.passes.pruning.magnitude import prune
 from lepton_xla.passes.quantization import eligibility
 from lepton_xla.passes.quantization.integer_arithmetic import quantize
@@ -20,6 +20,7 @@ from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.program import Program
 from lepton_xla.trees import name_leaves, tree_bytes
 from lepton_xla.tuning.choices import Group
+from lepton_xla.tuning.pacing import TIMES, Pace
 
 type PerGroup = list[np.ndarray]
 """For each group float64 [choices]."""
@@ -83,6 +84,7 @@ def times_of_choices(
     *,
     unpacks: bool,
     progress: Callable[[str, int, int], None],
+    pace: Pace | None = None,
 ) -> list[PerGroup]:
     """Time the product of every site with every choice that changes its arithmetic.
 
@@ -92,12 +94,14 @@ def times_of_choices(
         timer: times, and keeps what it measured on disk.
         unpacks: whether weights that are multiplied in float are unpacked once, on loading, instead of on each call.
         progress: called as each size begins.
+        pace: stops where there is no time for more; what was not timed is expected to take as long as in float.
 
     Returns:
         For each size and group, microseconds that each choice adds to float's, mostly below zero. What does not pay is
         computed in float, so no choice that may be unpacked costs time.
     """
     found: list[PerGroup] = []
+    pace, left_out = pace or Pace.endless(), 0
     for number, at in enumerate(sizes):
         progress("time products", number, len(sizes))
         sites = {site.name: site for site in find_sites(program, sizes=at)}
@@ -117,13 +121,21 @@ def times_of_choices(
                     kernel = eligibility.has_kernel(site, rule, timer.target) and name not in spread
                     if rule.activations != "none" or kernel or not unpacks:
                         wanted.append((index, choice_index, (site, rule, at)))
-        timings = compare([each for _, _, each in wanted], timer)
-        for (index, choice_index, (site, rule, _)), timing in zip(wanted, timings, strict=True):
+        timings: list[Timing] = []
+        for start in range(0, len(wanted), AT_ONCE):
+            if not pace.fits("products", TIMES):
+                break
+            with pace.step("products"):
+                timings += compare([each for _, _, each in wanted[start : start + AT_ONCE]], timer)
+        left_out += len(wanted) - len(timings)
+        for (index, choice_index, (site, rule, _)), timing in zip(wanted, timings, strict=False):
             if site.name in spread:
                 timing = dataclasses.replace(timing, kernel_us=None)
             added = _added_us(timing, is_float=rule.activations == "none", unpacks=unpacks)
             extra[index][choice_index] += added * site.repeats
         found.append(extra)
+    if left_out:
+        pace.skip(f"times of {left_out} products, which are taken to be those of float")
     return found
 
 

@@ -34,6 +34,7 @@ class Tuning:
         sizes: sizes of the symbolic dimensions at which calls were timed.
         stopped: why the search ended: it had nothing left to try, no time, no trials, or was interrupted.
         seconds: the time it took.
+        skipped: what there was no time for, a line each.
         judge: compares models with the float one.
         maker: builds a trial's program again; see `build`.
 
@@ -59,6 +60,7 @@ class Tuning:
     sizes: tuple[Mapping[str, int], ...] = ()
     stopped: Stop = "done"
     seconds: float = 0.0
+    skipped: tuple[str, ...] = ()
     judge: Judge | None = dataclasses.field(default=None, repr=False, compare=False)
     maker: Callable[[Trial], Program] | None = dataclasses.field(default=None, repr=False, compare=False)
 
@@ -143,6 +145,7 @@ class Tuning:
             "sites": list(self.sites),
             "stopped": self.stopped,
             "seconds": self.seconds,
+            "skipped": list(self.skipped),
         }
 
 

@@ -29,6 +29,7 @@ from lepton_xla.program import Program
 from lepton_xla.quant import QTensor
 from lepton_xla.trees import name_leaves
 from lepton_xla.tuning.choices import Choice, Group
+from lepton_xla.tuning.pacing import SCORES, Pace
 from lepton_xla.tuning.sensitivities import rounded_alone
 
 # Random signs that the outputs of each batch are multiplied by.
@@ -45,6 +46,7 @@ def output_errors(
     *,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    pace: Pace | None = None,
 ) -> list[np.ndarray]:
     """Estimate the squared relative error of the outputs that each choice for each group makes alone.
 
@@ -56,6 +58,7 @@ def output_errors(
         stored: from `stored_weights`.
         seed: of the random signs.
         progress: called as each batch begins.
+        pace: stops after some of the batches, or of the signs of the first, where there is no time for more.
 
     Returns:
         For each group, float64 [choices]: `|changed outputs - outputs|^2 / |outputs|^2`; errors of several groups add
@@ -83,13 +86,23 @@ def output_errors(
     run = jax.jit(functools.partial(_squares, program, groups, plans))
     totals = [np.zeros(len(group.choices)) for group in groups]
     size = 0.0
+    pace = pace or Pace.endless()
     for number, batch in enumerate(batches):
+        if number and not pace.fits("batch", SCORES):
+            pace.skip(f"scores by {len(batches) - number} of {len(batches)} batches of calibration data")
+            break
         say("score every choice at every site", number, len(batches))
         inputs = check_batch(program, batch, f"calibration batch {number}")
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), PROBES)
         try:
             # One probe a call: inside a loop XLA computes convolutions on a CPU many times slower.
-            probes = jax.device_get([run(program.weights, stored, key, *inputs) for key in keys])
+            probes: list[Any] = []
+            with pace.step("batch"):
+                for key in keys:
+                    if probes and not number and not pace.fits("probe", SCORES):
+                        break
+                    with pace.step("probe"):
+                        probes.append(jax.device_get(run(program.weights, stored, key, *inputs)))
             moved, norm = [np.mean(each, 0) for each in zip(*(each for each, _ in probes), strict=True)], probes[0][1]
         except (ValueError, NotImplementedError, TypeError) as error:
             raise TuningError(

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from lepton_xla.tuning.constraints import Budget, Constraints, Objective, check_
 from lepton_xla.tuning.costs import bytes_of_choices, stored_weights, times_of_choices
 from lepton_xla.tuning.journals import Journal
 from lepton_xla.tuning.judging import Judge
+from lepton_xla.tuning.pacing import Pace, TimeUpError
 from lepton_xla.tuning.results import Stop, Tuning
 from lepton_xla.tuning.scores import output_errors
 from lepton_xla.tuning.studies import Study, imported_optuna, objectives_of, training_key
@@ -119,7 +119,7 @@ def tune(
     >>> found.best.choices, found.best.judged <= 3.0
     ({'w': 'int8'}, True)
     """
-    began = time.monotonic()
+    pace = Pace(budget.minutes)
     say = progress or (lambda _what, _done, _total: None)
     check_objective(objective, constraints)
     if not choices or choices[0].quantize is not None or choices[0].sparsity:
@@ -153,7 +153,7 @@ def tune(
     }
     kept = Journal(journal, identity)
     shop = Workshop(program, batches, asked, sizes, judge, timer)
-    search = _Search(shop, constraints, objective, budget, kept, unpack, say, began)
+    search = _Search(shop, constraints, objective, budget, kept, unpack, say, pace)
     trainer = None
     if training is not None:
         folded, _ = plan_for(program, Recipe(), buckets=asked)
@@ -162,7 +162,7 @@ def tune(
     float_bytes = stored_bytes(name_leaves(program.weights))
     estimates = None
     try:
-        estimates = _estimated(shop, choices, kept, seed, unpack, float_bytes, say)
+        estimates = _estimated(shop, choices, kept, seed, unpack, float_bytes, say, pace)
         _check_reachable(estimates, constraints)
         candidates = Candidates(estimates, constraints, objective)
         search.run(candidates, recipes, 0.5 if trainer is not None else 1.0)
@@ -182,7 +182,8 @@ def tune(
         sites=tuple(estimates.described()) if estimates is not None else (),
         sizes=tuple(sizes),
         stopped=search.stopped,
-        seconds=time.monotonic() - began,
+        seconds=pace.seconds,
+        skipped=tuple(dict.fromkeys(pace.skipped)),
         judge=judge,
         maker=functools.partial(_built, shop, trainer),
     )
@@ -196,7 +197,14 @@ def _built(shop: Workshop, trainer: Trainer | None, trial: Trial) -> Program:
 
 
 def _estimated(
-    shop: Workshop, choices: Sequence[Choice], kept: Journal, seed: int, unpack: str, float_bytes: int, say: Progress
+    shop: Workshop,
+    choices: Sequence[Choice],
+    kept: Journal,
+    seed: int,
+    unpack: str,
+    float_bytes: int,
+    say: Progress,
+    pace: Pace,
 ) -> Estimates:
     """What each choice for each group is estimated to do and to cost; from the journal if it is there."""
     say("find sites", 0, 0)
@@ -211,7 +219,7 @@ def _estimated(
     def scored() -> dict[str, Any]:
         stored = stored_weights(program, groups, plans, say)
         on_disk, in_memory = bytes_of_choices(groups, stored)
-        errors = output_errors(program, groups, plans, shop.batches, stored, seed=seed, progress=say)
+        errors = output_errors(program, groups, plans, shop.batches, stored, seed=seed, progress=say, pace=pace)
         return {"error": plain(errors), "bytes": plain(on_disk), "memory": plain(in_memory)}
 
     scores = kept.once("scores", scored)
@@ -220,7 +228,9 @@ def _estimated(
         f"times, unpack {unpack}",
         lambda: [
             plain(each)
-            for each in times_of_choices(program, groups, plans, shop.sizes, shop.timer, unpacks=unpacks, progress=say)
+            for each in times_of_choices(
+                program, groups, plans, shop.sizes, shop.timer, unpacks=unpacks, progress=say, pace=pace
+            )
         ],
     )
     whole = kept.once(
@@ -230,6 +240,8 @@ def _estimated(
             for at in shop.sizes
         ],
     )
+    # What was left out is told by later runs too, which take the scores from the journal.
+    pace.skipped[:] = kept.once(f"left out, unpack {unpack}", lambda: list(pace.skipped))
     costs: dict[str, Any] = dict(scores)
     costs |= {f"us@{index}": each for index, each in enumerate(times)}
     arrays = {kind: [np.asarray(each, np.float64) for each in found] for kind, found in costs.items()}
@@ -265,12 +277,12 @@ class _Search:
         kept: Journal,
         unpack: str,
         say: Progress,
-        began: float,
+        pace: Pace,
     ) -> None:
         self._shop, self._constraints = shop, constraints
         self._objective: Objective = objective
         self._budget, self._kept, self._unpack, self._say = budget, kept, unpack, say
-        self._began = self._deadline = began
+        self._pace = pace
         self.trials: dict[str, Trial] = {}
         self.stopped: Stop = "done"
 
@@ -290,33 +302,31 @@ class _Search:
 
     def run(self, candidates: Candidates, presets: Sequence[Recipe], share: float) -> None:
         """Measure the presets, then what is chosen, in a share of the time; at least one of each."""
-        self._deadline = self._began + 60 * self._budget.minutes * share
         # A preset may unpack; what is limited is memory, so it may not here.
         waiting = [recipe.replace(unpack=self._unpack) for recipe in presets]
-        half = (time.monotonic() + self._deadline) / 2
-        while waiting:
-            until = half if self.trials else math.inf
-            if self._measured(waiting[0], "preset", {}, {}, until) is None:
-                break
+        half = self._pace.share_of_rest(0.5, share)
+        while waiting and self._measured(waiting[0], "preset", {}, {}, half) is not None:
             waiting.pop(0)
-        chosen = False
+        self.stopped = "done"
         for proposal in candidates.proposals():
             recipe, described = self._recipe(candidates.named(proposal.picked), proposal.methods)
             expected = candidates.expected(proposal.picked)
-            until = self._deadline if chosen else math.inf
-            trial = self._measured(recipe, proposal.origin, described, expected, until)
+            trial = self._measured(recipe, proposal.origin, described, expected, share)
             if trial is None:
-                return
+                break
             candidates.learn(proposal, trial)
-            chosen = True
-        self.stopped = "done"
-        for recipe in waiting:
-            if self._measured(recipe, "preset", {}, {}, self._deadline) is None:
-                return
+        while self.stopped == "done" and waiting:
+            if self._measured(waiting[0], "preset", {}, {}, share) is None:
+                break
+            waiting.pop(0)
+        if self.stopped == "time":
+            chosen = any(trial.estimates for trial in self.trials.values())
+            self._pace.skip("further candidates" if chosen else "all candidates but presets")
+            if waiting:
+                self._pace.skip(f"presets: {', '.join(recipe.name for recipe in waiting)}")
 
     def train(self, candidates: Candidates, trainer: Trainer, kept: Journal, storage: str | None) -> None:
         """Measure candidates that are trained."""
-        self._deadline = self._began + 60 * self._budget.minutes
         smallest, largest = candidates.error_range
         first = min(max(4 * smallest, FIRST_ERROR), largest)
         by_times = self._objective == "latency" or self._constraints.max_latency_ms is not None
@@ -334,14 +344,17 @@ class _Search:
         self.trials |= study.done
         self.stopped = "trials"
         while study.count < self._budget.trainings:
-            if time.monotonic() > self._deadline and any(trial.training for trial in self.trials.values()):
+            if not self._fits("training") or not self._trained(
+                study, candidates, trainer, f"training {study.count + 1}"
+            ):
                 self.stopped = "time"
+                self._pace.skip(f"{self._budget.trainings - study.count} of {self._budget.trainings} trainings")
                 return
-            self._trained(study, candidates, trainer, f"training {study.count + 1}")
             self.trials |= study.done  # those of other processes too
         self.trials |= study.done  # what another process ended since
 
-    def _trained(self, study: Study, candidates: Candidates, trainer: Trainer, number: str) -> None:
+    def _trained(self, study: Study, candidates: Candidates, trainer: Trainer, number: str) -> bool:
+        """Train a candidate and measure it; False if there was no time to end it."""
         asked = study.ask()
         smallest, largest = candidates.error_range
         removed = asked.settings.get("channels", 0.0)
@@ -354,6 +367,7 @@ class _Search:
         allowed = self._constraints.max_drop or 0.0
 
         def say(line: str) -> None:
+            self._pace.check(reserve_s=self._reserve_s)
             self._say(f"{self._so_far()}; {number}, {recipe.name}: {line}", study.count, self._budget.trainings)
 
         def check(drop: float) -> None:
@@ -361,22 +375,44 @@ class _Search:
 
         def train() -> Program:
             say("train")
-            return trainer.train(recipe, settings, check)
+            began = self._pace.seconds
 
-        found = self._kept.once(
-            key,
-            lambda: self._shop.measure(
-                recipe,
-                self._constraints.max_drop,
-                say,
-                train=train,
-                origin="trained",
-                choices=described,
-                training=settings,
-            ).to_json(),
-        )
+            def at(share: float) -> None:
+                gone = self._pace.seconds - began
+                self._pace.check(reserve_s=self._reserve_s, rest_s=gone / share - gone)
+
+            return trainer.train(recipe, settings, check, at)
+
+        try:
+            found = self._kept.once(
+                key,
+                lambda: self._shop.measure(
+                    recipe,
+                    self._constraints.max_drop,
+                    say,
+                    train=train,
+                    origin="trained",
+                    choices=described,
+                    training=settings,
+                ).to_json(),
+            )
+        except TimeUpError:
+            study.give_up(asked)
+            return False
         trial = self.trials[key] = Trial.of_json(found)
         study.tell(asked, key, trial, *objectives_of(trial, self._objective, self._constraints))
+        if trial.origin != "stopped":
+            self._pace.took("training", trial.seconds)
+        return True
+
+    @property
+    def _reserve_s(self) -> float:
+        """Seconds that are needed to build the best again."""
+        best = self.best
+        return best.seconds if self._budget.rebuild and best is not None else 0.0
+
+    def _fits(self, kind: str, until: float = 1.0) -> bool:
+        return self._pace.fits(kind, until, reserve_s=self._reserve_s)
 
     def _recipe(self, picked: Sequence[tuple[Group, Choice]], methods: Methods) -> tuple[Recipe, dict[str, str]]:
         """The recipe of a candidate, named by its contents, and what each site becomes."""
@@ -394,23 +430,31 @@ class _Search:
             if self._budget.trials is not None and len(self.trials) >= self._budget.trials:
                 self.stopped = "trials"
                 return None
-            if known is None and time.monotonic() > until:
+            # Something is measured, however long scoring took.
+            if known is None and self.trials and not self._fits("trial", until):
                 self.stopped = "time"
                 return None
             done, total = len(self.trials), self._budget.trials or 0
 
             def say(line: str) -> None:
+                if self.trials:
+                    self._pace.check(reserve_s=self._reserve_s)
                 self._say(f"{self._so_far()}; trial {done + 1}, {recipe.name}: {line}", done, total)
 
-            say("build")
-            found = self._kept.once(
-                key,
-                lambda: self._shop.measure(
-                    recipe, self._constraints.max_drop, say, origin=origin, choices=described, estimates=expected
-                ).to_json(),
-            )
+            try:
+                say("build")
+                found = self._kept.once(
+                    key,
+                    lambda: self._shop.measure(
+                        recipe, self._constraints.max_drop, say, origin=origin, choices=described, estimates=expected
+                    ).to_json(),
+                )
+            except TimeUpError:
+                self.stopped = "time"
+                return None
             # Estimates, and what is allowed, may be others than in the run that measured.
             self.trials[key] = dataclasses.replace(Trial.of_json(found), origin=origin, estimates=expected)
+            self._pace.took("trial", self.trials[key].seconds)
         return self.trials[key]
 
     def _so_far(self) -> str:

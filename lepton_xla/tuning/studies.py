@@ -176,6 +176,12 @@ class Study:
             asked.handle.set_constraint("excess", excess)
             self._study.tell(asked.handle, list(values))
 
+    @_told
+    def give_up(self, asked: Asked) -> None:
+        """Take that it was not tried to its end; the next that looks tries it first."""
+        self._study.tell(asked.handle, state=self._optuna.trial.TrialState.FAIL)
+        self._study.enqueue_trial(asked.handle.params)
+
     def _take_over(self) -> None:
         """Try again what processes of this machine tried that do not live any more."""
         states = self._optuna.trial.TrialState

@@ -50,6 +50,8 @@ _SECOND, _NO_CHANNELS = (0.25, 0.5), 0.02
 # Options of `fit` that decide the step, and those that candidates train without: they would share files.
 _OF_STEP = {"accumulate", "compute_dtype", "clip_norm", "ema"}
 _OF_ONE = ("checkpoint", "log", "log_every", "tensorboard", "progress")
+# How often a training is looked at on its way.
+_LOOKS = 8
 # Bytes of batches that a training is told by.
 _DIGESTED = 1 << 28
 
@@ -122,13 +124,20 @@ class Trainer:
         left_out |= set() if self.shrinks else {"channels"}
         return [name for name in RANGES if name not in left_out]
 
-    def train(self, recipe: Recipe, settings: Mapping[str, float], check: Callable[[float], None]) -> Program:
+    def train(
+        self,
+        recipe: Recipe,
+        settings: Mapping[str, float],
+        check: Callable[[float], None],
+        at: Callable[[float], None] | None = None,
+    ) -> Program:
         """Train a candidate.
 
         Args:
             recipe: what its weights become.
             settings: by the names of `RANGES`.
             check: called half way with the drop so far, on the rows that candidates are chosen by.
+            at: called with the share of the steps that are done, some times on the way.
 
         Returns:
             The trained program, in float: its weights round and prune to what was trained.
@@ -152,19 +161,21 @@ class Trainer:
             shrink_at=1 if shrinks else None,
             shrink={"sparsity": channels, "importance": "taylor", "on_unsupported": "keep"} if shrinks else None,
         )
-        half = math.ceil(steps / 2)
-        checked = False
+        every = math.ceil(steps / _LOOKS)
+        looks = 0
 
         def evaluate(predict: Predict) -> dict[str, float]:
-            nonlocal checked
-            if not checked:
-                checked = True
+            nonlocal looks
+            looks += 1
+            if at is not None:
+                at(min(1.0, looks * every / steps))
+            if (looks - 1) * every < steps / 2 <= looks * every:
                 check(self.judge.drop(predict))
             return {}
 
         rated = optax.chain(spec.updates(steps), optax.scale(settings["rate"]))
         result = fit(
-            model, loss, rated, spec.data, steps=steps, evaluate=Evaluation(evaluate, every=half),
+            model, loss, rated, spec.data, steps=steps, evaluate=Evaluation(evaluate, every=every),
             compression=compression, progress=False, **self._options(),
         )  # fmt: skip
         return result.program

@@ -24,6 +24,7 @@ from lepton_xla.trees import abstract, name_leaves, tree_bytes
 from lepton_xla.tuning.constraints import Constraints, Objective
 from lepton_xla.tuning.digests import digest_of, digest_of_function
 from lepton_xla.tuning.judging import Drop, Judge
+from lepton_xla.tuning.pacing import TimeUpError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,9 @@ class Workshop:
 
         Returns:
             The trial; one that failed says why.
+
+        Raises:
+            TimeUpError: if `say` or `train` does.
         """
         start = time.perf_counter()
         trial = Trial(recipe.name, to_toml(recipe), **described)
@@ -192,8 +196,9 @@ class Workshop:
             loaded = as_loaded(small)
             say("evaluate")
             judged = self.judge(predictor(loaded), max_drop=max_drop)
-            say("time calls")
-            times = [self._times(loaded, at) for at in self.sizes]
+            times = [(say("time calls"), self._times(loaded, at))[1] for at in self.sizes]
+        except TimeUpError:
+            raise
         except StoppedError as error:
             seconds = time.perf_counter() - start
             return dataclasses.replace(trial, origin="stopped", failure=str(error), seconds=seconds)

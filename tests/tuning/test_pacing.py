@@ -1,0 +1,173 @@
+"""A search keeps to its minutes, on a clock that only the steps move."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from test_trainings import SPEC
+from test_tune import FEW, PROGRAM, Watch, X, found
+
+from lepton_xla.passes.quantization.measurement import Timing
+from lepton_xla.recipe import to_toml
+from lepton_xla.tuning import CHOICES, Budget, Trial, costs, searching
+from lepton_xla.tuning.candidates import Estimates
+from lepton_xla.tuning.choices import find_groups
+from lepton_xla.tuning.costs import stored_weights
+from lepton_xla.tuning.judging import Drop
+from lepton_xla.tuning.pacing import Pace, TimeUpError
+from lepton_xla.tuning.scores import output_errors
+from lepton_xla.tuning.trainings import Trainer
+
+MINUTES = 10
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    ticks = Clock()
+    monkeypatch.setattr(searching, "Pace", lambda minutes: Pace(minutes, ticks))
+    return ticks
+
+
+@pytest.fixture
+def paced(clock, monkeypatch):
+    """Runs a search whose trials have two steps; gives what was found, and when each trial began."""
+    groups, _ = find_groups(PROGRAM, FEW)
+    made_up = {"error": [0.0, 1e-3, 1e-2, 1e-1], "bytes": [400.0, 100.0, 50.0, 25.0], "us@0": [0.0] * 4}
+    made_up["memory"] = made_up["bytes"]
+    arrays = {kind: [np.array(each)] * len(groups) for kind, each in made_up.items()}
+    estimates = Estimates(groups, arrays, {"error": 0.0, "bytes": 0.0, "memory": 0.0, "us@0": 100.0})
+    monkeypatch.setattr(searching, "_estimated", lambda *_: estimates)
+
+    def run(seconds, **changes):
+        each, began = iter(seconds), []
+
+        def measure(self, recipe, _max_drop, say, *, train=None, **described):
+            began.append(clock.now)
+            half = next(each, 10.0) / 2
+            if train is not None:
+                train()
+            for line in ("evaluate", "time calls"):
+                clock.now += half
+                say(line)
+            drop = Drop(0.0, -1.0, 1.0, 300, 0)
+            measured = {"judged": 1.0, "reported": drop, "bytes": 500 - len(began), "memory": 500, "output_error": 0.1}
+            trial = Trial(recipe.name, to_toml(recipe), **described)
+            return dataclasses.replace(trial, us=(80.0,), float_us=(100.0,), seconds=clock.now - began[-1], **measured)
+
+        monkeypatch.setattr(searching.Workshop, "measure", measure)
+        return found(**{"budget": Budget(MINUTES), **changes}), began
+
+    return run
+
+
+def test_no_trial_begins_that_would_not_end(paced, clock):
+    tuned, began = paced([170.0] * 50)
+    assert began == [0, 170, 340]
+    assert (clock.now, tuned.seconds, tuned.stopped) == (510, 510, "time")
+    assert tuned.skipped == ("further candidates",)
+
+
+def test_presets_leave_half_of_the_time(paced, clock):
+    presets = ("int8", "int8-weight-only", "int4-weight-only")
+    tuned, _ = paced([200.0] * 9, presets=presets)
+    assert [trial.origin == "preset" for trial in tuned.trials] == [True, False, False]
+    assert tuned.skipped[-1] == "presets: int8-weight-only, int4-weight-only"
+    clock.now = 0.0
+    tuned, _ = paced([400.0] * 9, presets=presets)
+    assert [trial.origin for trial in tuned.trials] == ["preset"]
+    assert tuned.skipped[0] == "all candidates but presets"
+
+
+def test_a_trial_that_takes_far_longer_than_the_last_is_given_up(paced, clock):
+    tuned, _ = paced([100.0, 1200.0])
+    assert (clock.now, len(tuned.trials), tuned.stopped) == (700, 1, "time")
+
+
+def test_one_is_measured_however_long_it_takes(paced, clock):
+    tuned, _ = paced([5000.0])
+    assert (clock.now, len(tuned.trials)) == (5000, 1)
+
+
+def test_time_is_left_to_build_the_best_again(paced, clock):
+    paced([170.0] * 9, budget=Budget(MINUTES, rebuild=True))
+    assert clock.now == 340
+
+
+def test_a_training_that_would_not_end_is_given_up_early(paced, clock, monkeypatch):
+    pytest.importorskip("optuna")
+    seen = []
+
+    def train(self, recipe, settings, check, at):
+        for share in (0.125, 0.25, 1.0):
+            clock.now += 100 * share
+            seen.append(share)
+            at(share)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    given = {"training": SPEC, "budget": Budget(MINUTES, trials=1, trainings=9)}
+    tuned, _ = paced([10.0, *[20.0] * 9], **given)
+    trained = sum(bool(trial.training) for trial in tuned.trials)
+    assert trained == 3  # each takes 157.5 s, from 10 s on
+    assert clock.now <= 600
+    assert "6 of 9 trainings" in tuned.skipped
+    clock.now = 0.0
+    seen.clear()
+    tuned, _ = paced([550.0, *[20.0] * 9], **given)
+    assert seen == [0.125, 0.25]  # 37.5 s for a quarter: 150 s would end beyond 11 minutes
+    assert not any(trial.training for trial in tuned.trials)
+    assert "9 of 9 trainings" in tuned.skipped
+
+
+def test_scoring_stops_in_time():
+    clock = Clock()
+    pace = Pace(1, clock)
+    groups, plans = find_groups(PROGRAM, FEW[:2])
+    stored = stored_weights(PROGRAM, groups, plans)
+    batches = [{"x": X[i : i + 50]} for i in range(0, 600, 50)]
+
+    def progress(*_):  # as each batch begins
+        clock.now += 5.0
+
+    # Of 60 s a fifth, and the last goes beyond.
+    some = output_errors(PROGRAM, groups, plans, batches, stored, progress=progress, pace=pace)
+    assert pace.skipped == ["scores by 9 of 12 batches of calibration data"]
+    assert all(np.all((each[1:] > 0) & (each[1:] < 0.1)) for each in some)
+
+
+def test_timing_stops_in_time(monkeypatch):
+    clock, calls = Clock(), []
+    pace = Pace(1, clock)
+
+    def compare(wanted, timer):
+        calls.append(len(wanted))
+        clock.now += 11.0
+        return [Timing({}, 10.0, 8.0, None, kernel_us=2.0)] * len(wanted)
+
+    monkeypatch.setattr(costs, "compare", compare)
+    monkeypatch.setattr(costs, "AT_ONCE", 1)
+    groups, plans = find_groups(PROGRAM, CHOICES[:2])
+    how = {"unpacks": True, "progress": lambda *_: None, "pace": pace}
+    (times,) = costs.times_of_choices(PROGRAM, groups, plans, [{"batch": 2}], Watch(1.0), **how)
+    assert calls == [1, 1]
+    assert [each.tolist() for each in times] == [[0, -16], [0, 0]]
+    assert pace.skipped == ["times of 1 products, which are taken to be those of float"]
+
+
+def test_a_step_may_go_a_tenth_beyond():
+    clock = Clock()
+    pace = Pace(1, clock)
+    clock.now = 65.0
+    pace.check()
+    with pytest.raises(TimeUpError, match="the time was up"):
+        pace.check(rest_s=2.0)
+    assert not pace.fits("trial")
+    assert math.isinf(Pace.endless()._whole_s)
