@@ -115,16 +115,16 @@ def compile(
         from lepton_xla.compiler.buckets import check_bucket_sizes
         from lepton_xla.compiler.names import check_name
         from lepton_xla.compiler.targets import add_targets, check_targets
+        from lepton_xla.compiler.topologies import mesh_elsewhere
         from lepton_xla.errors import CompileError
         from lepton_xla.optimization.pipeline import apply_plan, plan_for
-        from lepton_xla.sharding import topologies
 
         # Check everything that does not need the model first, so that a typo fails early.
         elsewhere = check_targets([name.strip() for name in (targets or "").split(",") if name.strip()])
         if elsewhere and (mesh or topology):
             raise CompileError("--target is for one device; give neither --mesh nor --topology with it")
         if topology is not None:
-            topologies.topology_devices(topology)
+            mesh_elsewhere(topology, mesh)
         rows = None if golden is None else _arrays.read_golden(golden)
         chosen = _models.load_recipe(recipe, settings, exclude)
         stem = pathlib.PurePath(output).name.removesuffix(".lepton") if output else _models.default_name(target)

@@ -37,12 +37,11 @@ from lepton_xla.compiler.portable import export_programs
 from lepton_xla.compiler.probes import table_sizes
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.stepping import Stepper
-from lepton_xla.compiler.topologies import Elsewhere, compile_elsewhere
+from lepton_xla.compiler.topologies import Elsewhere, compile_elsewhere, mesh_elsewhere
 from lepton_xla.conversion.steps import Summary
 from lepton_xla.errors import CompileError, ShardingError
 from lepton_xla.program import Program, TensorSpec
 from lepton_xla.rows import check_rows_lead, row_symbol
-from lepton_xla.sharding import topologies
 from lepton_xla.sharding.meshes import mesh as mesh_of
 from lepton_xla.sharding.placement import as_placed, is_placed
 from lepton_xla.sharding.rules import Rules
@@ -139,9 +138,9 @@ def compile(
         examples = {"lengths": np.array([max(1, bucket_sizes["length"][0] // 2)], np.int32)} | dict(examples or {})
     program = without_callbacks(program, bucket_list[0])
     if topology is not None:
-        topologies.topology_devices(topology)  # fails early
         if isinstance(mesh, Mesh):
             raise ShardingError(f"topology {topology!r} has devices of its own; give the mesh as text: 'data=-1'")
+        mesh_elsewhere(topology, mesh)  # fails early
     devices, program = _spread(program, *((mesh, rules) if topology is None else (None, None)))
     for sizes in bucket_list:
         devices.check_rows(program.inputs, sizes)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.buckets import bucket_name
@@ -41,6 +42,19 @@ class Elsewhere:
     codes: dict[str, Code]
 
 
+def mesh_elsewhere(topology: str, mesh: str | None) -> tuple[list[jax.Device], Mesh]:
+    """The devices of a topology, and their mesh.
+
+    Raises:
+        CompileError: if there is no such topology, or its compiler is not installed.
+        ShardingError: if there are several devices and no mesh, or it does not fit them.
+    """
+    found = topologies.topology_devices(topology)
+    if mesh is None and len(found) > 1:
+        raise ShardingError(f"topology {topology!r} has {len(found)} devices; give a mesh, such as 'data=-1'")
+    return found, mesh_of(mesh or "data=1", found)
+
+
 def compile_elsewhere(
     program: Program,
     model: Callable[..., Any],
@@ -65,10 +79,7 @@ def compile_elsewhere(
         CompileError: if there is no such topology, its compiler is not installed, or it refuses the program.
         ShardingError: if the mesh or the rules do not fit.
     """
-    found = topologies.topology_devices(topology)
-    if mesh is None and len(found) > 1:
-        raise ShardingError(f"topology {topology!r} has {len(found)} devices; give a mesh, such as 'data=-1'")
-    made = mesh_of(mesh or "data=1", found)
+    found, made = mesh_elsewhere(topology, mesh)
     placement = (rules or Rules()).resolve(program, made)
     devices = Devices(found[0]) if mesh is None else Devices(found[0], made, placement.batch_axes)
     for sizes in bucket_list:

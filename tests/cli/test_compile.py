@@ -4,10 +4,12 @@ import shutil
 import weakref
 
 import cli_models as models
+import jax
 import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.sharding import topologies
 
 
 def on_disk(path) -> int:
@@ -187,3 +189,9 @@ def test_where_it_cannot_be_put(cli, plain, tmp_path, monkeypatch, args, part):
     monkeypatch.chdir(tmp_path)
     assert part in cli.refused("compile", plain, "--no-evaluate", *args)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_topology_without_its_mesh_is_refused_before_the_model_is_loaded(cli, plain, monkeypatch):
+    monkeypatch.setattr(topologies, "topology_devices", lambda _: jax.devices())
+    monkeypatch.setattr("lepton_xla.cli._models.load_target", lambda _: pytest.fail("the model was loaded"))
+    assert "has 2 devices; give a mesh" in cli.refused("compile", plain, "--topology", "v5e:1x2")
