@@ -42,7 +42,7 @@ class Elsewhere:
     codes: dict[str, Code]
 
 
-def mesh_elsewhere(topology: str, mesh: str | None) -> tuple[list[jax.Device], Mesh]:
+def mesh_elsewhere(topology: str, mesh: str | None) -> tuple[list[Any], Mesh]:
     """The devices of a topology, and their mesh.
 
     Raises:
