@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import os
 import pathlib
 import platform
 import re
-from collections.abc import Callable
 
 # The environment variable that turns the cache of measurements off or moves it.
 CACHE_VARIABLE = "LEPTON_CACHE"
@@ -69,36 +67,6 @@ def usable_cores() -> int:
     True
     """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _AtOnce(concurrent.futures.Executor):
-    """Does work on the thread that asks for it, before `submit` returns."""
-
-    def submit[**P, T](self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
-        done: concurrent.futures.Future[T] = concurrent.futures.Future()
-        try:
-            done.set_result(fn(*args, **kwargs))
-        except BaseException as error:
-            done.set_exception(error)
-        return done
-
-
-def executor(most: int, name: str) -> concurrent.futures.Executor:
-    """A thread for each core that this process may use; on a single core the calling thread does the work itself.
-
-    There, threads that wait for one another have nothing to gain, and each change from one to the next has the event
-    loop of a server wait for the interpreter.
-
-    Args:
-        most: number of threads.
-        name: how their names begin.
-
-    >>> with executor(4, "example") as pool:
-    ...     list(pool.map(abs, [-1, 2]))
-    [1, 2]
-    """
-    count = min(most, usable_cores())
-    return _AtOnce() if count == 1 else concurrent.futures.ThreadPoolExecutor(count, name)
 
 
 def cache_folder() -> pathlib.Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.dtypes import is_inexact
 from lepton_xla.errors import ArtifactError
-from lepton_xla.machine import executor
+from lepton_xla.machine import usable_cores
 
 # Elements that are looked at together: they stay in a core's cache.
 _BLOCK = 1 << 16
@@ -97,7 +98,7 @@ def check_weights(servable: Servable, base: Servable | None, where: str) -> None
     weights, read = servable.runtime.weights, servable.runtime.devices.read
     others = base.runtime.weights if base is not None and base.manifest.fit == servable.manifest.fit else None
     names = paths if len(paths) == len(weights) else [f"unpacked, number {index}" for index in range(len(weights))]
-    with executor(8, "lepton-check") as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores()), "lepton-check") as pool:
         finite = list(pool.map(lambda weight: _is_finite(read(weight)), weights))
     for index, is_finite in enumerate(finite):
         if is_finite:

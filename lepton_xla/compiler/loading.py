@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import logging
 import os
@@ -40,7 +41,7 @@ from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.listing import MANIFEST, FileEntry
-from lepton_xla.machine import executor
+from lepton_xla.machine import usable_cores
 from lepton_xla.trees import leaf_bytes
 from lepton_xla.trust.keys import TrustedKeys
 
@@ -177,7 +178,7 @@ def _load(
     if _xla.is_quick(devices.first) and (missing or any(map(_xla.needs_jax, blobs.values()))):
         devices = _devices(manifest, store.location, device)
     tokenizer, conversion = _tokenizer(manifest, files), _conversion(manifest, files)
-    with executor(max(len(blobs), 1), "lepton-code") as pool:
+    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
         # Largest first, and beside the weights, which are read and verified meanwhile.
         ordered = sorted(blobs, key=lambda name: -len(blobs[name]))
         read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), ordered)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +73,6 @@ class ArtifactLoader:
         self._metrics = metrics
         self._make = make
         self._timings: dict[tuple[str, str], Timing] = {}
-        self._noting = threading.Lock()
         self._times = None if options.trust is None else SigningTimes(options.trust)
 
     def load(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Warm:
@@ -115,9 +113,8 @@ class ArtifactLoader:
 
     def _note(self, fit: str, engine: Engine[Call], signature: Signature) -> None:
         """Keeps what was measured: a model that is evicted and comes again takes as long, and others wait meanwhile."""
-        with self._noting:
-            if fit:
-                self._timings[fit, str(signature.buckets)] = Timing(engine.measured, engine.busy_processors)
+        if fit:
+            self._timings[fit, str(signature.buckets)] = Timing(engine.measured, engine.busy_processors)
             while len(self._timings) > _MOST_TIMINGS:
                 del self._timings[next(iter(self._timings))]
 

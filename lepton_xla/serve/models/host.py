@@ -17,7 +17,7 @@ from lepton_xla.serve.models.changes import Change, Source
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
-from lepton_xla.serve.priorities import QuickTurns, come_last, step_back
+from lepton_xla.serve.priorities import step_back
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -62,15 +62,12 @@ class Host[T]:
     def __init__(self, models: Registry, loader: Loader[T], metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self.loading = 0
-        self._turns = QuickTurns()
         self._models = models
         self._loader = loader
-        # One thread each, so that several changes at once do not take all cores from what serves. The first model is
-        # loaded at full priority, since threads that XLA starts then keep what they were started with.
+        # One thread, so that several changes at once do not take all cores from what serves. The first model is loaded
+        # at full priority, since threads that XLA starts then keep what they were started with.
         self._first = concurrent.futures.ThreadPoolExecutor(1, "lepton-load")
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "lepton-load", step_back)
-        # Of a model that serves: nobody waits for another version.
-        self._beside = concurrent.futures.ThreadPoolExecutor(1, "lepton-load", come_last)
         # At full priority: what is loaded in their place waits for it.
         self._freeing = concurrent.futures.ThreadPoolExecutor(1, "lepton-free")
         self._prepared: dict[int, dict[str, ModelHandle]] = {}
@@ -79,11 +76,14 @@ class Host[T]:
         """Loads the versions of a change; returns why some could not be: version -> reason."""
         made = self._prepared[number] = {}
         failed: dict[str, str] = {}
+        loop = asyncio.get_running_loop()
         for version, source in change.load.items():
+            thread = self._thread if self._models.names() else self._first
             others = [self._models.find(change.name, each) for each in self._models.versions(change.name)]
-            thread = self._beside if others else self._thread if self._models.names() else self._first
             try:
-                work = self._begin(thread, change.name, version, source, others)
+                self.loading += 1
+                work = loop.run_in_executor(thread, self._loader.load, change.name, version, source, others)
+                work.add_done_callback(self._loaded)
                 # Opened now: what is wrong with a model's settings has to show before anything is changed.
                 made[version] = self._loader.open(await asyncio.shield(work))
             except Exception as error:  # whatever an artifact makes the loader raise fails this version only
@@ -117,30 +117,14 @@ class Host[T]:
         leaving += made.values()  # what others could not load
         return asyncio.gather(*(self._freed(*_watched(handle)) for handle in leaving))
 
-    def _begin(
-        self, thread: concurrent.futures.Executor, name: str, version: str, source: Source, others: list[ModelHandle]
-    ) -> asyncio.Future[T]:
-        """Begins to load a version."""
-        self.loading += 1
-        self._turns.begin()
-        try:
-            work = asyncio.get_running_loop().run_in_executor(thread, self._loader.load, name, version, source, others)
-        except RuntimeError:  # closed
-            self.loading -= 1
-            self._turns.end()
-            raise
-        work.add_done_callback(self._loaded)
-        return work
-
     def _loaded(self, work: asyncio.Future[T]) -> None:
         self.loading -= 1
-        self._turns.end()
         if not work.cancelled():
             work.exception()  # whoever waits for it is told, and nobody may
 
     def close(self) -> None:
         """Loads nothing more. What is being loaded goes on, and a process that ends waits for it: see `leave`."""
-        for thread in (self._first, self._thread, self._beside):
+        for thread in (self._first, self._thread):
             thread.shutdown(wait=False, cancel_futures=True)
         self._freeing.shutdown(wait=False)
 

@@ -7,7 +7,6 @@ once, and there after a kill. `traffic.json` says how far an adjustment is. One 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import dataclasses
 import logging
 import pathlib
@@ -25,7 +24,6 @@ from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.plans import PLAN
 from lepton_xla.serve.models.repository import Repository
-from lepton_xla.serve.priorities import come_last
 from lepton_xla.serve.protocol.adjustment import Adjustment
 from lepton_xla.serve.protocol.traffic import Plan
 
@@ -86,7 +84,6 @@ class Adjuster:
         self._judged = judged
         self._record = record
         self._clock = clock
-        self._making = concurrent.futures.ThreadPoolExecutor(1, "lepton-adjust", come_last)
         self._not_before: dict[str, float] = {}
         self._steps: dict[str, tuple[str, int]] = {}
         self._cleared: dict[str, float] = {}  # when the adjustment began that ended, whose files are gone
@@ -147,7 +144,7 @@ class Adjuster:
 
     async def _step(self, name: str, found: Found, now: Adjustment) -> None:
         try:
-            made = await asyncio.get_running_loop().run_in_executor(self._making, self._make, name, found, now)
+            made = await asyncio.to_thread(self._make, name, found, now)
         except (ArtifactError, InputError, ExecutionError) as error:
             await self._end(name, now, "stopped", f"the next step cannot be made: {error}")
             return

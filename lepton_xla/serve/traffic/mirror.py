@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lepton_xla.serve.batching.engine import Engine, Work
 from lepton_xla.serve.batching.tickets import Batch, Part
 from lepton_xla.serve.models.handle import ModelHandle
-from lepton_xla.serve.priorities import come_last
+from lepton_xla.serve.priorities import step_back
 from lepton_xla.serve.protocol.signature import Signature
 from lepton_xla.serve.protocol.wire import InferRequest
 from lepton_xla.serve.traffic.agreement import same_rows
@@ -162,7 +162,7 @@ class Mirror:
     # On the thread.
 
     def _run(self) -> None:
-        come_last()
+        step_back()
         while (item := self._waiting.get()) is not None:
             started, spent = self._clock(), self._spent()
             try:

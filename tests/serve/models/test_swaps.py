@@ -445,4 +445,4 @@ def test_what_is_loaded_beside_others_leaves_the_cores_to_them(start, repository
     server = start()
     swap(server, repository, made[2], "2")
     usual = os.getpriority(os.PRIO_PROCESS, 0)
-    assert niceness == [usual, 19]  # of a version that takes the place of one that serves
+    assert niceness == [usual, min(usual + 10, 19)]
