@@ -323,7 +323,7 @@ def test_real_processes_over_tls(tmp_path):
             started.append(subprocess.Popen([*command, *args, "--folder", str(folder)], cwd=tmp_path, env=environment))
         args = ["server", "net.py:spec", "--port", str(port), "--clients", "3", "--rounds", "3", "--batch-rows", "8"]
         args += ["--tls-cert", "cert.pem", "--tls-key", "key.pem", "--tls-ca", "ca.pem", "--json"]
-        first = subprocess.Popen([*command, *args], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+        first = subprocess.Popen([*command, *args], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
         started.append(first)
         reports = tmp_path / "federation" / "rounds.jsonl"
         end = time.monotonic() + 600

@@ -22,6 +22,8 @@ from lepton_xla.federated.flower.messages import flower
 from lepton_xla.launch import guard as guards
 
 _START_S, _STOP_S, _POLL_S = 600.0, 10.0, 0.5
+# Of a client, one after another; a server that turns all away must not be asked for ever.
+_MOST_NODES = 20
 _APP = "lepton_federation"
 _PROJECT = """[project]
 name = "lepton-federation"
@@ -158,7 +160,9 @@ def run_server(
 def run_client(
     folder: pathlib.Path, server: str, authorities: str | None, config: Mapping[str, str | float], own_port: int
 ) -> int:
-    """Run a SuperNode until it is told to end; gives its exit code.
+    """Run a SuperNode until this process is ended, and another when it leaves a server that began anew.
+
+    Gives the exit code of one that failed, or of the last one.
 
     Args:
         folder: of the client.
@@ -186,8 +190,15 @@ def run_client(
     command = ["flower-supernode", *tls, "--superlink", server, "--port", own, "--node-config", texts]
     log = folder / "supernode.log"
     environment = _environment(home, folder / "bin")
-    with _workers(folder / "bin", "flwr-clientapp", log, environment), _process(command, log, environment) as node:
-        return node.wait()
+    with _workers(folder / "bin", "flwr-clientapp", log, environment):
+        code = 0
+        # A node whose server began anew is not known there, and interrupts itself; another one joins.
+        for _ in range(_MOST_NODES):
+            with _process(command, log, environment) as node:
+                code = node.wait()
+            if code not in (0, -signal.SIGINT):
+                break
+        return code
 
 
 @contextlib.contextmanager
