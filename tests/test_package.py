@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pathlib
 import re
 import subprocess
 import sys
@@ -166,12 +167,16 @@ def test_the_check_lets_the_rest_pass():
 # The machine it was written on.
 
 
-def test_no_path_of_a_machine_is_in_the_package():
+def test_no_path_of_a_machine_is_in_the_package_or_its_pages():
     # A path written out: `/work/...`, `/root/...`, `/home/name/...`, `C:\\...`; not the `/` of a URL or of names.
     machine = re.compile(r"(?<![\w/.:\]}-])/(?:work|root|home|Users)/|\b[A-Z]:\\\\")
     assert machine.search("open('/work/main')")
     assert not machine.search("https://example.com/work/1 and a/root/b")
-    for path in sorted(path for path in ROOT.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+    files = [path for path in ROOT.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    figures = list((pathlib.Path(__file__).resolve().parents[1] / "docs").rglob("*.json"))
+    assert figures
+    files += [*figures, *(path.with_suffix(".md") for path in figures)]
+    for path in sorted(files):
         found = machine.search(path.read_text(encoding="utf-8"))
         assert not found, f"{path.name}: {found}"
 
