@@ -263,7 +263,7 @@ def _generate(
 def _prompts(path: str) -> list[str]:
     """The lines of a file that are not empty."""
     try:
-        lines = pathlib.Path(path).read_text("utf-8").split("\n")
+        lines = pathlib.Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path}: {error.strerror if isinstance(error, OSError) else error}") from error
     if not (texts := [line.removesuffix("\r") for line in lines if line.strip()]):

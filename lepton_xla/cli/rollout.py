@@ -84,7 +84,7 @@ def stop(repository: Repository | RepositoryClient, name: str, *, as_json: bool)
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RepositoryError("invalid", f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:

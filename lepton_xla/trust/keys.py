@@ -181,7 +181,7 @@ class TrustedKeys:
 def _not_before_s(data: bytes, name: str) -> float | None:
     """The time in a policy."""
     try:
-        policy = tomllib.loads(data.decode())
+        policy = tomllib.loads(data.decode("utf-8-sig"))
     except ValueError as error:
         raise TrustError(f"{name}: is not TOML: {error}") from error
     unknown = sorted(set(policy) - {"not_before"})

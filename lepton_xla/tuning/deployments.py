@@ -97,7 +97,7 @@ class Prices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             TuningError: if it is no such file, or a price or time is not above 0.
         """
         try:
-            found = msgspec.convert(tomllib.loads(text), Prices)
+            found = msgspec.convert(tomllib.loads(text.removeprefix("\ufeff")), Prices)
         except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
             raise TuningError(f"{where}: {error}") from error
         for name, value in [*found.per_hour.items(), *((each.target, each.us) for each in found.measured)]:

@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.cli import load, rollout
 from lepton_xla.errors import ModelError
 from lepton_xla.serve import Client, Options, Server
+from lepton_xla.serve.models.settings import parse_settings
+from lepton_xla.serve.monitor.rules import Rules
+from lepton_xla.trust import keys
+from lepton_xla.tuning.deployments import Prices
 
 SCALAR = """
 import jax.numpy as jnp
@@ -141,3 +146,21 @@ def test_a_typed_key_among_the_weights(tmp_path):
 def test_what_cannot_be_a_weight_is_refused_by_name():
     with pytest.raises(ModelError, match=r"weight 'w', object\[1\], cannot be made a JAX array"):
         lx.trace(lambda w, x: x, {"w": np.array([object()])}, {"x": lx.TensorSpec((2,), "float32")})
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (load._prompts, "How do I pay?\nWhere?"),
+        (rollout._read, "stages = [10]"),
+        (lambda path: parse_settings(path.read_text("utf-8")), "[serving]\nweight = 2"),
+        (lambda path: Rules.load(path).rules, '[[rule]]\nname = "slow"\nwhen = "p99 > 50ms over 1m for 2m"'),
+        (Prices.load, "[per_hour]\ncpu = 0.2"),
+        (lambda path: keys._not_before_s(path.read_bytes(), "policy"), "not_before = 2026-11-28T00:00:00Z"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_a_file(read, text, tmp_path):
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    plain.write_text(text, "utf-8")
+    marked.write_text(text, "utf-8-sig")
+    assert read(marked) == read(plain)

@@ -111,7 +111,7 @@ def parse_settings(text: str) -> ModelSettings:
     lepton_xla.errors.RepositoryError: model.toml: Expected `float` > 0.0 - at `$.serving.weight`
     """
     try:
-        document: dict[str, Any] = tomllib.loads(text)
+        document: dict[str, Any] = tomllib.loads(text.removeprefix("\ufeff"))
         return msgspec.convert(document, ModelSettings)
     except (RepositoryError, msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib raises these too
         raise _invalid(f"{SETTINGS}: {first_line(error)}") from error

@@ -192,7 +192,7 @@ class Rules:
             ServeError: as `load`.
         """
         try:
-            table = tomllib.loads(text)
+            table = tomllib.loads(text.removeprefix("\ufeff"))
         except tomllib.TOMLDecodeError as error:
             raise ServeError(f"{name}: {error}") from None
         unknown = sorted(set(table) - {"rule", "webhook"})
