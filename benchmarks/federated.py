@@ -34,8 +34,8 @@ from sklearn.model_selection import train_test_split
 
 import lepton_xla as lx
 from lepton_xla.federated import FederatedSpec, Federation, Privacy, partition, simulate
+from lepton_xla.federated.settings import FORMATS
 
-FORMATS = ("float32", "int8", "int4", "int3", "top-k")
 CLIENTS = (10, 50)
 CONCENTRATION = 0.3
 WIDTH = 512
@@ -251,8 +251,7 @@ HEAD = (
 evenly; `by label` draws the shares of each class from a Dirichlet distribution with concentration 0.3. All clients take
 part in each round, and the server averages by rows (FedAvg). int8, int4 and int3 share a scale among 256 numbers; int3
 has nine codes, five of them in two bytes; top-k sends the 5 % largest changes in int8 with their places; all four send
-later what they left out. Bytes are those of all
-updates of a round. One seed.""",
+later what they left out. Bytes are those of all updates of a round. One seed.""",
     "Aim: at most 0.5 points lost against float32 updates on the same partition with 8 times fewer bytes.",
 )
 

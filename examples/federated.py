@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 import lepton_xla as lx
+from lepton_xla.federated.settings import FORMATS
 
 FOLDER = pathlib.Path(__file__).parent.parent / "build" / "federated"
 CONCENTRATION = 0.5
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=3)
-    parser.add_argument("--updates", default="int4", choices=("float32", "int8", "int4", "int3", "top-k"))
+    parser.add_argument("--updates", default="int4", choices=FORMATS)
     parser.add_argument("--alike", action="store_true", help="deal the rows out evenly, instead of by label")
     options = parser.parse_args()
     shutil.rmtree(FOLDER, ignore_errors=True)

@@ -111,6 +111,15 @@ class ModelSpec:
         return rows if rows is None or self.convert is None else self.program().converted(rows)
 
 
+# What is taken where a kind of spec is asked for, and the spec of it.
+_TAKEN_AS: dict[type[Any], dict[type[Any], Callable[[Any], Any]]] = {
+    ModelSpec: {
+        Program: lambda program: ModelSpec(fn=program),
+        Generator: lambda generator: ModelSpec(generator=generator),
+    }
+}
+
+
 def load_named[T](target: str, kind: type[T]) -> T:
     """Import what the command line names: a `ModelSpec`, or another kind of spec.
 
@@ -133,7 +142,7 @@ def load_named[T](target: str, kind: type[T]) -> T:
         raise ModelError(f"{target!r}: expected FILE.py:NAME or package.module:NAME")
     module = _import(source, target)
     if not hasattr(module, name):
-        specs = [key for key, value in vars(module).items() if isinstance(value, kind)]
+        specs = [key for key, value in vars(module).items() if isinstance(_spec_of(value, kind), kind)]
         raise ModelError(f"{source} has no {name!r}" + (f"; it has {', '.join(specs)}" if specs else ""))
     found = _spec_of(getattr(module, name), kind)
     if isinstance(found, kind):
@@ -153,7 +162,7 @@ def load_named[T](target: str, kind: type[T]) -> T:
 
 
 def _expected(kind: type[Any]) -> str:
-    kinds = (Program, Generator, ModelSpec) if kind is ModelSpec else (kind,)
+    kinds = (*_TAKEN_AS.get(kind, {}), kind)
     return f"{', '.join(f'a {cls.__name__}' for cls in kinds)}, or a function without arguments that returns one"
 
 
@@ -168,10 +177,9 @@ def _takes_arguments(function: Callable[..., Any]) -> bool:
 
 
 def _spec_of(found: Any, kind: type[Any]) -> Any:
-    if kind is ModelSpec and isinstance(found, Program):
-        return ModelSpec(fn=found)
-    if kind is ModelSpec and isinstance(found, Generator):
-        return ModelSpec(generator=found)
+    for other, make in _TAKEN_AS.get(kind, {}).items():
+        if isinstance(found, other):
+            return make(found)
     return found
 
 

@@ -257,10 +257,12 @@ def _prefill(generation: Generation) -> Callable[[_Fn], _Fn]:
 
 def _decode(generation: Generation, length: int) -> Callable[[_Fn], _Fn]:
     def make(fn: _Fn) -> _Fn:
+        updated = _updated_once(fn)
+
         def decode(w: Any, token: Any, position: Any, *cache: Any) -> dict[str, Any]:
             prompt, lengths = jnp.zeros((1, length), jnp.int32), jnp.ones(1, jnp.int32)
             form = CacheFormat(generation)
-            out = name_leaves(_updated_once(fn)(w, prompt, lengths, *form.read(cache), token, position))
+            out = name_leaves(updated(w, prompt, lengths, *form.read(cache), token, position))
             after = form.write(cache, [out[f"decode/{name}"] for name in _cache_names(generation)], position)
             return {"logits": out["decode/logits"], **{f"cache/{index}": leaf for index, leaf in enumerate(after)}}
 

@@ -97,7 +97,7 @@ class Codec:
         if self._format != "top-k":
             return self._codes(vector, self._format)
         # They are sorted by size, so numbers of about one size share a scale.
-        _, places = jax.lax.top_k(jnp.abs(vector), self._kept)
+        _, places = lax.top_k(jnp.abs(vector), self._kept)
         return {"places": places.astype(self._place), **self._codes(vector[places], "int8")}
 
     def decode(self, payload: Mapping[str, Any]) -> Float32[Array, " n"]:
@@ -137,14 +137,14 @@ class Codec:
         # A searched scale would halve the error of four bits at four times the cost of a round; what is left out is
         # sent later anyway.
         made = quantize(padded, name, self._granularity(count))
-        # bfloat16 travels as its bits: NumPy files have no such dtype.
-        scale = made.scale if made.scale.dtype == jnp.float32 else jax.lax.bitcast_convert_type(made.scale, jnp.uint16)
+        # As `_bfloat16` reads them.
+        scale = made.scale if made.scale.dtype == jnp.float32 else lax.bitcast_convert_type(made.scale, jnp.uint16)
         return {"codes": made.values, "scales": scale}
 
     def _values(self, payload: Mapping[str, Any], name: str, count: int) -> jax.Array:
         scale = jnp.asarray(payload["scales"])
         if scale.dtype == jnp.uint16:
-            scale = jax.lax.bitcast_convert_type(scale, jnp.bfloat16)
+            scale = _bfloat16(scale)
         stored = QTensor(jnp.asarray(payload["codes"]), scale, name, count + self._padding(count))
         return stored.dequantize()[:count, 0]
 
@@ -152,21 +152,20 @@ class Codec:
         groups = jnp.pad(vector, (0, -self._length % _GROUP)).reshape(-1, _GROUP)
         # Rounded up, so that no number lies beyond the last code by more than float32's rounding.
         largest = jnp.abs(groups).max(1) / (_LEVELS // 2)
-        scales = lax.bitcast_convert_type(largest, jnp.uint32)
-        scales = (scales + 0xFFFF) >> 16
-        steps = _bfloat16(scales)[:, None]
+        scales = ((lax.bitcast_convert_type(largest, jnp.uint32) + 0xFFFF) >> 16).astype(jnp.uint16)
+        steps = _bfloat16(scales).astype(jnp.float32)[:, None]
         codes = jnp.round(groups / jnp.where(steps > 0, steps, 1)) + _LEVELS // 2
         codes = jnp.clip(codes, 0, _LEVELS - 1).astype(jnp.uint32).reshape(-1)[: self._length]
         fives = jnp.pad(codes, (0, -self._length % _PER_WORD)).reshape(-1, _PER_WORD)
         words = (fives * _POWERS).sum(1, dtype=jnp.uint32)
-        return {"codes": words.astype(jnp.uint16), "scales": scales.astype(jnp.uint16)}
+        return {"codes": words.astype(jnp.uint16), "scales": scales}
 
     def _values_of_words(self, payload: Mapping[str, Any]) -> jax.Array:
         words = jnp.asarray(payload["codes"]).astype(jnp.uint32)[:, None]
         fives = words // _POWERS % _LEVELS
         codes = fives.reshape(-1)[: self._length].astype(jnp.float32) - _LEVELS // 2
-        steps = jnp.repeat(_bfloat16(jnp.asarray(payload["scales"])), _GROUP)[: self._length]
-        return codes * steps
+        steps = _bfloat16(jnp.asarray(payload["scales"])).astype(jnp.float32)
+        return codes * jnp.repeat(steps, _GROUP)[: self._length]
 
     def _padding(self, count: int) -> int:
         return -count % _GROUP if count > _GROUP else 0
@@ -176,5 +175,5 @@ class Codec:
 
 
 def _bfloat16(bits: jax.Array) -> jax.Array:
-    """float32 numbers of the upper halves of their bits."""
-    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+    """The scales that travel as their bits, uint16: NumPy files have no such dtype."""
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)

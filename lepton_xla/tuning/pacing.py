@@ -47,18 +47,19 @@ class Pace:
         return gone + share * max(until - gone, 0.0)
 
     def fits(self, kind: str, until: float = 1.0, *, reserve_s: float = 0.0) -> bool:
-        """Whether one more step of a kind will end before a share of the time is over; without one, whether any is
-        left."""
+        """Whether a step of a kind will end, by the last one, before a share of the time is over.
+
+        Args:
+            kind: as of `step`. The first of its kind fits if any time is left.
+            until: share of the time.
+            reserve_s: seconds that are needed afterwards.
+        """
         left = self._whole_s * until - self.seconds - reserve_s
         return left > 0 and self._took.get(kind, 0.0) <= left
 
     def took(self, kind: str, seconds: float) -> None:
         """Take how long a step took."""
         self._took[kind] = seconds
-
-    def known(self, kind: str) -> bool:
-        """Whether a step of a kind was made."""
-        return kind in self._took
 
     @contextlib.contextmanager
     def step(self, kind: str) -> Generator[None]:

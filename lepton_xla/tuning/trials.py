@@ -196,7 +196,10 @@ class Workshop:
             loaded = as_loaded(small)
             say("evaluate")
             judged = self.judge(predictor(loaded), max_drop=max_drop)
-            times = [(say("time calls"), self._times(loaded, at))[1] for at in self.sizes]
+            times: list[list[float]] = []
+            for at in self.sizes:
+                say("time calls")
+                times.append(self._times(loaded, at))
         except TimeUpError:
             raise
         except StoppedError as error:

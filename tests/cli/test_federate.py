@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.cli.federate import federate
+from lepton_xla.federated.settings import FORMATS
 
 FILE = """
 import jax.numpy as jnp, numpy as np, optax
@@ -54,3 +56,8 @@ def test_simulates_and_writes_an_artifact(cli, tmp_path, target):
 )
 def test_refuses_settings_in_one_line(cli, target, options, message):
     assert message in cli.refused("federate", "simulate", target, *options)
+
+
+def test_the_commands_and_the_library_know_the_same_updates():
+    (option,) = (each for each in federate.commands["simulate"].params if each.name == "updates")
+    assert tuple(option.type.choices) == FORMATS

@@ -158,6 +158,7 @@ def test_a_recipe_that_is_not_there(cli, plain):
         ("x = 1", "{file}:", "expected FILE.py:NAME"),
         ("x = 1", "{file}:model", "has no 'model'"),
         (models.PLAIN, "{file}:modle", "has no 'modle'; it has model"),
+        (models.PLAIN + "small = model.program()", "{file}:smal", "has no 'smal'; it has model, small"),
         ("model = 3", "{file}:model", "is a int; expected a Program, a Generator, a ModelSpec, or a function"),
         ("def model(): return 3", "{file}:model", "is a int; expected a Program"),
         ("def model(weights, x): return x", "{file}:model", "takes arguments; expected a Program"),

@@ -93,7 +93,7 @@ def _take_part(vector: np.ndarray, task: Any, config: Any, node: int) -> Answer:
     if digest != digest_of(Client(member.weights, settings)):
         raise FederatedError("the server's model has other weights than this client's: paths or shapes differ")
     # In a trial it is the client of this place in the simulation, whose rows come in the same order.
-    number = int(part.split("/")[0]) - 1 if part else node % (1 << 31)
+    number = _place(part)[0] - 1 if part else node % (1 << 31)
     return member.answer(vector, settings, round_, number)
 
 
@@ -105,15 +105,21 @@ def _member(target: str, folder: pathlib.Path, part: str, concentration: float, 
     spec = load_named(target, FederatedSpec)
     if not part:
         return Member(spec, folder, most)
+    number, count = _place(part)
+    label = spec.label if concentration else None
+    parts = partition(spec.table(), count, label=label, concentration=concentration or 1.0)
+    return Member(spec.replace(rows=parts[number - 1]), folder, most)
+
+
+def _place(part: str) -> tuple[int, int]:
+    """K and N of `K/N`, the client of a trial and how many there are."""
     try:
         number, count = (int(text) for text in part.split("/"))
         if not 1 <= number <= count:
             raise ValueError
     except ValueError:
         raise FederatedError(f"part = {part!r}; expected K/N, such as 1/3") from None
-    label = spec.label if concentration else None
-    parts = partition(spec.table(), count, label=label, concentration=concentration or 1.0)
-    return Member(spec.replace(rows=parts[number - 1]), folder, most)
+    return number, count
 
 
 # The server.
