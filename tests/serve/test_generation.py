@@ -477,8 +477,12 @@ def test_the_load_generator_measures_streams(served):
         assert 0 <= run["next_token_s"]["p50"] <= run["next_token_s"]["p99"] < 2
         assert run["first_token_s"]["p50"] > 0
     assert "tokens/s" in CliRunner().invoke(main, call).stdout
-    refused = CliRunner().invoke(main, [*call[:3], "100000", *call[4:]])
+    began = time.monotonic()
+    refused = CliRunner().invoke(main, [*call[:3], "100000", *call[4:], "--seconds", "60"])
     assert (refused.exit_code, refused.stderr.count("HTTP 400")) == (2, 1)
+    assert "the first 3 requests were all refused: " in refused.stderr
+    assert "100000" in refused.stderr, "the server's reason"
+    assert time.monotonic() - began < 30, "it ends before its time"
     assert CliRunner().invoke(main, [*call, "--rate", "3"]).exit_code == 2
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -24,6 +25,9 @@ from lepton_xla.serve.load.result import percentiles
 _END = b"0\r\n\r\n"
 # Tokens of the prompts are below this, so that every vocabulary has them.
 _VALUES = 100
+# So many answers that are all refusals end a load, if there are not more prompts or connections.
+_REFUSALS, _MOST_REFUSALS = 3, 100
+_LATER = (408, 429)  # refusals that may be no more the next time
 
 
 @dataclasses.dataclass
@@ -37,6 +41,9 @@ class Streams:
         tokens: that came in it.
         first_s: seconds from a request to its first token, without connecting.
         next_s: seconds from a token to the next one of its stream.
+        answered: whether any request was taken, or may be the next time.
+        refusals: requests that were refused as wrong.
+        refusal: why the last of these was, as the server says.
     """
 
     seconds: float = 0.0
@@ -45,6 +52,9 @@ class Streams:
     tokens: int = 0
     first_s: list[float] = dataclasses.field(default_factory=list[float])
     next_s: list[float] = dataclasses.field(default_factory=list[float])
+    answered: bool = False
+    refusals: int = 0
+    refusal: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The figures, percentiles in seconds; None where nothing was measured.
@@ -91,10 +101,14 @@ def stream(
         tokens: tokens to generate for each.
         texts: prompts instead of random ones, which all connections take in turn, again and again; the model may end
             an answer to these before `tokens`.
+
+    Raises:
+        ServeError: if each prompt was refused as wrong (HTTP 4xx); the load ends then.
     """
     found, lock, started = Streams(seconds=seconds), threading.Lock(), time.perf_counter()
     begins, ends = started + warmup_s, started + warmup_s + seconds
-    turns = itertools.cycle(texts)
+    turns, hopeless = itertools.cycle(texts), threading.Event()
+    enough = max(_REFUSALS, connections, min(len(texts), _MOST_REFUSALS))
 
     def body(drawn: random.Random) -> bytes:
         if texts:
@@ -105,7 +119,7 @@ def stream(
 
     def run(number: int) -> None:
         drawn = random.Random(number)  # noqa: S311 (prompts are no secrets)
-        while time.perf_counter() < ends:
+        while time.perf_counter() < ends and not hopeless.is_set():
             request = target.request("POST", f"{route(model)}/generate_stream", (body(drawn),))
             try:
                 sent, times, error = _times(target, request, timeout_s)
@@ -114,12 +128,16 @@ def stream(
                 time.sleep(0.05)
             with lock:
                 _count(found, sent, times, error, begins, ends)
+                if found.refusals >= enough and not found.answered:
+                    hopeless.set()
 
     threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(connections)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if hopeless.is_set():
+        raise ServeError(f"the first {found.refusals} requests were all refused: {found.refusal}")
     return found
 
 
@@ -130,13 +148,23 @@ def _count(found: Streams, sent: float, times: list[float], error: str, begins: 
         found.first_s.append(times[0] - sent)
     found.next_s += [b - a for a, b in itertools.pairwise(times) if begins <= a and b < ends]
     if error:
-        found.errors[error] = found.errors.get(error, 0) + 1
-    elif begins <= (times or [0.0])[-1] < ends:
-        found.requests += 1
+        kind, _, why = error.partition("\n")
+        found.errors[kind] = found.errors.get(kind, 0) + 1
+        status = int(kind.removeprefix("HTTP ")) if kind.startswith("HTTP ") else 0
+        if 400 <= status < 500 and status not in _LATER:
+            found.refusals, found.refusal = found.refusals + 1, f"{why or 'no reason given'} ({kind})"
+        else:
+            found.answered = True
+    else:
+        found.answered = True
+        found.requests += begins <= (times or [0.0])[-1] < ends
 
 
 def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[float, list[float], str]:
-    """When a request was sent, when each token of its stream came, and what went wrong; empty if nothing did."""
+    """When a request was sent, when each token of its stream came, and what went wrong; empty if nothing did.
+
+    What the server says of a refusal is in a second line.
+    """
     times: list[float] = []
     with contextlib.closing(open_socket(target, timeout_s)) as sock:
         sent = time.perf_counter()
@@ -147,7 +175,7 @@ def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[float, l
         head, _, data = data.partition(b"\r\n\r\n")
         status = head.split(b" ", 2)[1].decode()
         if status != "200":
-            return sent, times, f"HTTP {status}"
+            return sent, times, f"HTTP {status}\n{_reason(head, data, sock)}"
         while True:
             *events, data = data.split(b"\n\n")
             now = time.perf_counter()
@@ -159,6 +187,18 @@ def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[float, l
             if data.endswith(_END):
                 return sent, times, ""
             data += _more(sock)
+
+
+def _reason(head: bytes, data: bytes, sock: socket.socket) -> str:
+    """What a JSON answer says of an error; as the protocol says it, or OpenAI's."""
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d{1,6})\r?\n?", head)
+    while length and len(data) < int(length[1]):
+        data += _more(sock)
+    try:
+        said = json.loads(data)["error"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return " ".join(str(said).split())[:500]
 
 
 def _more(sock: socket.socket) -> bytes:
