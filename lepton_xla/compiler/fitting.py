@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +14,11 @@ from lepton_xla.compiler.portable import Portable
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.dtypes import is_inexact
 from lepton_xla.errors import ArtifactError
-from lepton_xla.machine import usable_cores
+from lepton_xla.pieces import executor, rest
 
 # Elements that are looked at together: they stay in a core's cache.
 _BLOCK = 1 << 16
+_MOST_THREADS = 8
 
 
 def fit_digest(
@@ -98,7 +98,7 @@ def check_weights(servable: Servable, base: Servable | None, where: str) -> None
     weights, read = servable.runtime.weights, servable.runtime.devices.read
     others = base.runtime.weights if base is not None and base.manifest.fit == servable.manifest.fit else None
     names = paths if len(paths) == len(weights) else [f"unpacked, number {index}" for index in range(len(weights))]
-    with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores()), "lepton-check") as pool:
+    with executor(_MOST_THREADS, "lepton-check") as pool:
         finite = list(pool.map(lambda weight: _is_finite(read(weight)), weights))
     for index, is_finite in enumerate(finite):
         if is_finite:
@@ -112,13 +112,16 @@ def check_weights(servable: Servable, base: Servable | None, where: str) -> None
 def _is_finite(array: np.ndarray) -> bool:
     if not is_inexact(array.dtype):
         return True
-    flat = array.reshape(-1)
-    if array.dtype.name in ("float32", "float64"):
-        # Finite only if all are, and read once. Finite ones may overflow: then each is looked at.
+    flat, wide = array.reshape(-1), array.dtype.name in ("float32", "float64")
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        # A sum is finite only if all are, and reads them once. Finite ones may overflow: then each is looked at.
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.add.reduce(flat)):
-                return True
-    return all(np.isfinite(flat[start : start + _BLOCK]).all() for start in range(0, flat.size, _BLOCK))
+            finite = wide and np.isfinite(np.add.reduce(block))
+        if not finite and not np.isfinite(block).all():
+            return False
+        rest()
+    return True
 
 
 def _tensor(tensor: msgspec.Struct) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import logging
 import os
@@ -41,7 +40,7 @@ from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
 from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.listing import MANIFEST, FileEntry
-from lepton_xla.machine import usable_cores
+from lepton_xla.pieces import executor, rest
 from lepton_xla.trees import leaf_bytes
 from lepton_xla.trust.keys import TrustedKeys
 
@@ -109,6 +108,7 @@ def load(
     def checked(store: Store) -> Servable:
         # The signature pins the bytes of the manifest, and these pin those of all other files, which are read once.
         manifest = read_trusted_manifest(store, trusted)
+        rest()
         files = open_files(store, manifest, decrypt_key)
         if manifest.is_update or (base is not None and manifest.fit and manifest.fit == base.manifest.fit):
             servable = _share(store, manifest, files, base)
@@ -135,6 +135,7 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
     devices = base.runtime.devices
     # What is not needed here will be elsewhere, or when the base is gone: a damaged artifact is refused as a whole.
     found = manifest.executables.get(_target(manifest, devices).digest)
+    rest()
     for file in (
         *(program.file for program in manifest.all_programs),
         *(found.files.values() if found is not None else ()),
@@ -178,7 +179,7 @@ def _load(
     if _xla.is_quick(devices.first) and (missing or any(map(_xla.needs_jax, blobs.values()))):
         devices = _devices(manifest, store.location, device)
     tokenizer, conversion = _tokenizer(manifest, files), _conversion(manifest, files)
-    with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+    with executor(max(len(blobs), 1), "lepton-code") as pool:
         # Largest first, and beside the weights, which are read and verified meanwhile.
         ordered = sorted(blobs, key=lambda name: -len(blobs[name]))
         read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), ordered)

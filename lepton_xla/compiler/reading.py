@@ -29,13 +29,14 @@ from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
 from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError
-from lepton_xla.machine import usable_cores
+from lepton_xla.pieces import executor
 from lepton_xla.trees import leaf_bytes
 
 # XLA:CPU uses a host array in place only if it starts on such a boundary.
 _ALIGNMENT = 64
 # Arrays of at least so many bytes have memory of their own, which the system gets back with the array.
 _MAPPED_BYTES = 1 << 20
+_MOST_THREADS = 8
 _KEYS = ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}})
 _HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 
@@ -54,8 +55,7 @@ def read_all(leaves: Sequence[WeightLeaf], packed_rows: Sequence[int], files: Ve
     """
     rows_leaf = _packed_array(packed_rows)
     _check_memory([*leaves, *([rows_leaf] if rows_leaf else [])])
-    workers = min(8, usable_cores())
-    with concurrent.futures.ThreadPoolExecutor(workers, "lepton-weights") as pool:
+    with executor(_MOST_THREADS, "lepton-weights") as pool:
         rows = _ZarrLeaf.open(rows_leaf, files) if rows_leaf else None
         opened = list(pool.map(lambda leaf: _open(leaf, files), leaves))
         arrays = [leaf for leaf in opened if isinstance(leaf, _ZarrLeaf)]
@@ -141,12 +141,12 @@ def _read_part(leaf: WeightLeaf, files: VerifiedFiles, region: tuple[slice, ...]
     """Read one part of a leaf that has a zarr array of its own."""
     _check_memory([msgspec.structs.replace(leaf, shape=tuple(part.stop - part.start for part in region))])
     opened = _ZarrLeaf.open(leaf, files, region)
-    with concurrent.futures.ThreadPoolExecutor(min(8, usable_cores()), "lepton-weights") as pool:
+    with executor(_MOST_THREADS, "lepton-weights") as pool:
         _finish(pool, [pool.submit(opened.read, index) for index in opened.chunks()])
     return opened.finish()
 
 
-def _finish(pool: concurrent.futures.ThreadPoolExecutor, tasks: list[concurrent.futures.Future[None]]) -> None:
+def _finish(pool: concurrent.futures.Executor, tasks: list[concurrent.futures.Future[None]]) -> None:
     """Wait for tasks, and empty the list; the first error ends them all."""
     try:
         for task in concurrent.futures.as_completed(tasks):

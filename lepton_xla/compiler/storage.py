@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -22,6 +21,7 @@ from lepton_xla.compiler.exchange import exchange
 from lepton_xla.errors import ArtifactError
 from lepton_xla.folders import flush, flush_tree, held, remove_abandoned
 from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.pieces import piece_bytes, rest, sha256
 
 _LOG = logging.getLogger(__name__)
 # One context for all stores, so that connections are shared and memory:// stores outlive a call.
@@ -115,8 +115,10 @@ class Store:
             return len(data)
         with self._opened(name, len(buffer)) as opened:
             size = 0
-            while count := opened.readinto(buffer[size:]):
+            piece = piece_bytes(len(buffer))
+            while count := opened.readinto(buffer[size : size + piece]):
                 size += count
+                rest()
             return size
 
     def write(self, name: str, data: bytes) -> None:
@@ -239,7 +241,7 @@ class VerifiedFiles:
         where = self._store.location
         if size != entry.size:
             raise ArtifactError(f"{where}: {name} is damaged: {size} bytes instead of {entry.size}")
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
+        if sha256(data) != entry.sha256:
             raise ArtifactError(f"{where}: {name} is damaged: its SHA-256 differs from the manifest's")
 
 

@@ -86,6 +86,16 @@ class Device:
         """Number of members."""
         return len(self._members)
 
+    @property
+    def turns(self) -> int:
+        """Number of turns that were given so far; for any thread."""
+        return self._shares.turns
+
+    @property
+    def running(self) -> bool:
+        """Whether it is somebody's turn now; for any thread."""
+        return self._shares.holder is not None
+
     def join(self, turn: Turn, ended: Callable[[], object], weight: float = 1.0, *, short: bool = False) -> Share:
         """Adds a member.
 

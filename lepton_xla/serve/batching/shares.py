@@ -57,13 +57,15 @@ class Shares:
         holder: whose turn it is; None if the device is free.
         waiting: the shares that wait, as a heap.
         long: number of waiting shares whose batches may be too long for the event loop.
+        turns: number of turns that were given so far.
     """
 
-    __slots__ = ("_asked", "_level", "holder", "long", "waiting")
+    __slots__ = ("_asked", "_level", "holder", "long", "turns", "waiting")
 
     def __init__(self) -> None:
         self.holder: Share | None = None
         self.long = 0
+        self.turns = 0
         self.waiting: list[tuple[float, bool, int, Share]] = []
         self._level = 0.0  # the account of the share that had the last turn, as its turn began
         self._asked = 0
@@ -97,6 +99,7 @@ class Shares:
                 share.waiting = False
                 self._level = share.finish
                 self.holder = share
+                self.turns += 1
                 return share
         return None
 
