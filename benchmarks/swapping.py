@@ -35,7 +35,7 @@ from lepton_xla.serve.load.result import Result
 # Of the capacity.
 SHARE = 0.6
 CONNECTIONS = 64
-PERIOD_S, WINDOW_S = 3.0, 1.0
+PERIOD_S, WINDOW_S = 2.0, 1.0
 WHOLE, WEIGHTS = 20, 50
 RELOADS, EVERY = 1000, 50
 DIFFERENT = 3
@@ -45,7 +45,7 @@ NAME, OTHER = "swapped", "beside"
 
 INTRODUCTION = (
     "## Swaps\n\nAn MLP, 784-1024-1024-10 in float32, under requests of one row that become due at random moments, at "
-    "60 % of the capacity that a closed loop found just before. Every three seconds a new version takes the "
+    "60 % of the capacity that a closed loop found just before. Every two seconds a new version takes the "
     "old one's place. p99 is that of requests due in the second from when the swap began, and of those due in a second "
     "before it; both are medians over the swaps. Twenty requests a second are checked: the answer has to be that of "
     "the version that it names. The server has one core fewer than the machine, and loads and checks on that."

@@ -43,9 +43,14 @@ def rest() -> None:
         between()
 
 
+def is_resting() -> bool:
+    """Whether the calling thread works in pieces."""
+    return _resting.get() is not None
+
+
 def piece_bytes(size: int) -> int:
     """How much of so many bytes to take at once: all, outside of `resting`."""
-    return size if _resting.get() is None else PIECE_BYTES
+    return PIECE_BYTES if is_resting() else size
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -54,7 +59,7 @@ def sha256(data: bytes | memoryview) -> str:
     >>> sha256(b"abc")[:8]
     'ba7816bf'
     """
-    if _resting.get() is None:
+    if not is_resting():
         return hashlib.sha256(data).hexdigest()
     digest = hashlib.sha256()
     view = memoryview(data)

@@ -114,6 +114,7 @@ def load(
             servable = _share(store, manifest, files, base)
         else:
             servable = _load(store, manifest, files, buckets, device, write_back=write_back, read_back=check)
+        rest()
         if check or manifest.is_update:
             check_weights(servable, base, store.location)
             if manifest.golden is not None:
@@ -143,6 +144,7 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
         files.read(file)
     tokenizer = _tokenizer(manifest, files) or base.tokenizer
     arrays = _to_devices(manifest, files, devices, read_back=True)
+    rest()
     if base.expander is not None:
         arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)
     runtime = base.runtime.sharing(arrays)

@@ -29,7 +29,7 @@ from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
 from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError
-from lepton_xla.pieces import executor
+from lepton_xla.pieces import executor, is_resting
 from lepton_xla.trees import leaf_bytes
 
 # XLA:CPU uses a host array in place only if it starts on such a boundary.
@@ -215,7 +215,7 @@ class _PackedLeaf:
 
     def finish(self) -> np.ndarray:
         """Return the leaf, after all parts were read."""
-        return from_words(self.out, self.leaf.shape, self.leaf.dtype)
+        return from_words(_filled(self.out), self.leaf.shape, self.leaf.dtype)
 
 
 class _Grid(msgspec.Struct):
@@ -318,7 +318,8 @@ class _ZarrLeaf:
 
     def finish(self) -> np.ndarray:
         """Return the leaf, after all chunks were read."""
-        return from_bytes(self.out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else self.out
+        out = _filled(self.out)
+        return from_bytes(out, self.leaf.shape, self.leaf.dtype) if self.leaf.packed else out
 
 
 def _opened(
@@ -353,14 +354,31 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     if size >= _MAPPED_BYTES:
         # Not from the allocator: it keeps what is given back to it, in pools of the threads that read.
         mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if _HUGE is not None:
-            # A fault for 2 MiB and not for each 4 KiB: that is a third of the time that reading takes.
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                mapped.madvise(_HUGE)
+        # A fault for 2 MiB and not for each 4 KiB: that is a third of the time that reading takes. But one for 2 MiB
+        # takes up to 5 ms, without a rest, where the memory was never used before.
+        if not is_resting():
+            _have_huge_pages(mapped)
         return np.frombuffer(mapped, np.uint8).view(dtype).reshape(shape)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _have_huge_pages(mapped: mmap.mmap) -> None:
+    if _HUGE is not None:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapped.madvise(_HUGE)
+
+
+def _filled(array: np.ndarray) -> np.ndarray:
+    """An array of `aligned_empty` that is filled: the kernel may merge its pages, in its own time."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if isinstance(base, mmap.mmap) and is_resting():
+        _have_huge_pages(base)
+    return array
 
 
 def _moved(region: Sequence[slice], starts: Sequence[int]) -> tuple[slice, ...]:
