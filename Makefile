@@ -90,7 +90,8 @@ lint: setup docs  ## formatting, lint, types, and the manual
 
 apps: setup kernels  ## every application of examples/apps; its figures are in build/apps/summary.json
 	$(UV) pip install --quiet --python .venv/bin/python --editable '.[apps]'
-	@for app in examples/apps/*/run.py; do echo "$$app"; $(RUN)/python $$app || exit 1; done
+	@for app in examples/apps/*/run.py; do \
+		echo "$$app"; JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/apps/xla $(RUN)/python $$app || exit 1; done
 
 build/release-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
 	rm -rf $(@D)

@@ -15,6 +15,7 @@ its figures to build/apps/summary.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import json
 import pathlib
@@ -22,7 +23,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -104,14 +105,12 @@ def load_test(servable: lx.Servable, texts: Sequence[str], seconds: float, most:
 
 
 def once(
-    task: questions.Task, seed: int, steps: int | None, seconds: float, lengths: Sequence[int], folder: pathlib.Path
-) -> dict[str, Any]:
+    task: questions.Task, made: words.Words, seed: int, seconds: float, lengths: Sequence[int], folder: pathlib.Path,
+    train: Callable[[int], tuple[lx.Program, float]],
+) -> dict[str, Any]:  # fmt: skip
     """Train, round, compile for questions of so many tokens, judge, serve."""
-    encoder = words.minilm() if task.source == "BANKING77" else None
-    made = words.make(task.kinds, task.replies, task.train[0], encoder)
     began = time.perf_counter()
-    steps = steps or (STEPS if encoder else SMALL_STEPS)
-    program, threshold = training.trained(made, task, encoder, seed, steps, folder / "runs")
+    program, threshold = train(seed)
     found: dict[str, Any] = {"training_s": time.perf_counter() - began, "threshold": threshold}
     small = lx.optimize(program, lx.Recipe.load("int8"), buckets={"length": lengths})
     for name, each in {"float": program, "service": small}.items():
@@ -130,21 +129,36 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the application."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, help="of training")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings; figures are their medians")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings; figures are their medians")
     parser.add_argument("--seconds", type=float, default=30.0, help="of load")
     parser.add_argument("--quick", action="store_true", help="a few made-up questions, a small encoder, few steps")
     given = parser.parse_args(arguments)
     folder = reports.folder() / "service"
     folder.mkdir(parents=True, exist_ok=True)
     task = questions.made_up(6) if given.quick else questions.load()
-    steps, seconds, lengths = given.steps, given.seconds, LENGTHS
+    steps, seconds, lengths, seeds = given.steps, given.seconds, LENGTHS, given.seeds
     if given.quick:
-        steps, seconds, lengths = steps or 150, min(seconds, 2.0), QUICK_LENGTHS
+        steps, seconds, lengths, seeds = steps or 150, min(seconds, 2.0), QUICK_LENGTHS, 1
     began = time.perf_counter()
-    runs = [once(task, seed, steps, seconds, lengths, folder) for seed in range(given.seeds)]
+    encoder = words.minilm() if task.source == "BANKING77" else None
+    made = words.make(task.kinds, task.replies, task.train[0], encoder)
+    steps = steps or (STEPS if encoder else SMALL_STEPS)
+
+    @functools.cache  # the same for all seeds
+    def states() -> np.ndarray:
+        assert encoder is not None
+        return training.encoded(made, task, encoder)
+
+    def train(seed: int) -> tuple[lx.Program, float]:
+        return training.trained(made, task, encoder, states, seed, steps, folder / "runs")
+
+    runs: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        print(f"  seed {seed}:", flush=True)
+        runs.append(once(task, made, seed, seconds, lengths, folder, train))
     figures: dict[str, Any] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     figures |= {
-        "questions": task.source, "strangers": task.strangers_from, "seeds": given.seeds,
+        "questions": task.source, "strangers": task.strangers_from, "seeds": seeds,
         "minilm": words.minilm() is not None, "questions_per_s": QUESTIONS_PER_S,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,12 +36,18 @@ def untrained(made: words.Words, folder: pathlib.Path | None, seed: int) -> trai
     return train.freeze(generator.program, ["threshold", *(["encoder/.*"] if folder else [])])
 
 
-def encoded(weights: Mapping[str, jax.Array], tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def texts_of(task: questions.Task) -> list[str]:
+    """All questions that there are to train on."""
+    return [*task.train[0], *task.strangers]
+
+
+def encoded(made: words.Words, task: questions.Task, folder: pathlib.Path) -> np.ndarray:
     """What a fixed encoder makes of all questions, once: float16 `[questions, LENGTH, features]`."""
-    encode, found = jax.jit(network.encode), list[np.ndarray]()
+    tokens, lengths = words.tokens_of(made, texts_of(task), LENGTH)
+    weights, encode, found = network.read_encoder(folder), jax.jit(network.encode), list[np.ndarray]()
     for at in range(0, len(tokens), 256):
         rows = np.arange(at, at + 256) % len(tokens)
-        found.append(np.asarray(encode(dict(weights), tokens[rows], lengths[rows]), np.float16))
+        found.append(np.asarray(encode(weights, tokens[rows], lengths[rows]), np.float16))
     return np.concatenate(found)[: len(tokens)]
 
 
@@ -74,40 +80,43 @@ def loss_of(made: words.Words) -> Any:
 
 
 def trained(
-    made: words.Words, task: questions.Task, folder: pathlib.Path | None, seed: int, steps: int, kept: pathlib.Path
-) -> tuple[lx.Program, float]:
-    """Train once, then read what was trained from a folder.
+    made: words.Words, task: questions.Task, folder: pathlib.Path | None, states: Callable[[], np.ndarray], seed: int,
+    steps: int, kept: pathlib.Path,
+) -> tuple[lx.Program, float]:  # fmt: skip
+    """Train once, then read what was trained from a folder; `states` gives what a fixed encoder makes of all questions.
 
     Returns:
         The program, and its threshold: it refuses what it is less certain of than of nearly all held-out questions.
     """
     model = untrained(made, folder, seed)
     name = f"{len(task.train[0])}-{made.count}-{'minilm' if folder else 'small'}-{steps}-{seed}.npz"
-    found = runs.once(kept / name, lambda: _fitted(model, made, task, bool(folder), seed, steps))
+    found = runs.once(kept / name, lambda: _fitted(model, made, task, states if folder else None, seed, steps))
     weights = {**model.program.weights, **{path: jnp.asarray(leaf) for path, leaf in found.items()}}
     return model.program.replace(weights=weights), float(found["threshold"])
 
 
 def _fitted(
-    model: train.Model, made: words.Words, task: questions.Task, fixed: bool, seed: int, steps: int
-) -> dict[str, jax.Array]:
+    model: train.Model, made: words.Words, task: questions.Task, states: Callable[[], np.ndarray] | None, seed: int,
+    steps: int,
+) -> dict[str, jax.Array]:  # fmt: skip
     """The weights that change, and the threshold."""
-    texts = [*task.train[0], *task.strangers]
     kinds = np.array([*task.train[1], *[made.kinds - 1] * len(task.strangers)], np.int32)
-    tokens, lengths = words.tokens_of(made, texts, LENGTH)
+    tokens, lengths = words.tokens_of(made, texts_of(task), LENGTH)
     random = np.random.default_rng(seed)
     held, used = np.split(random.permutation(len(task.train[0])), [int(len(task.train[0]) * VALIDATION)])
     strange = len(task.train[0]) + random.integers(0, len(task.strangers), int(STRANGE * len(used)))
     used = np.concatenate([used, strange])
     rows: dict[str, np.ndarray] = {"tokens": tokens, "lengths": lengths, "kind": kinds}
-    if fixed:
-        rows["states"] = encoded(model.state, tokens, lengths)
+    if states is not None:
+        rows["states"] = states()
 
     def batch(step: int) -> dict[str, np.ndarray]:
         chosen = used[np.random.default_rng([seed, step]).integers(0, len(used), BATCH)]
         return {name: array[chosen] for name, array in rows.items()}
 
-    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE if fixed else RATE / 2, steps), weight_decay=REST)
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(RATE if states is not None else RATE / 2, steps), weight_decay=REST
+    )
     result = train.fit(model, loss_of(made), optimizer, batch, steps=steps, clip_norm=1.0, seed=seed)
     threshold = refusing(made, result.program.weights, {name: array[held] for name, array in rows.items()})
     return {**{path: result.program.weights[path] for path in model.weights}, "threshold": jnp.float32(threshold)}
