@@ -10,10 +10,11 @@ import click
 from lepton_xla.cli import _common
 from lepton_xla.errors import InputError
 
-_PREFIX = "attribution/"
+_PREFIX, _SEEN = "attribution/", "seen/"
 # From what speaks against the class to what speaks for it.
 _AGAINST, _FOR = "=-.", ":+#@"
 _MOST_ROWS = 5
+_WIDEST = 72  # characters of a heat map of pixels; one is twice as high as it is wide
 _COMPLETE = 0.05
 
 
@@ -24,7 +25,7 @@ _COMPLETE = 0.05
     "sources",
     multiple=True,
     required=True,
-    metavar="NAME=FILE.npy|FILE.npz|FILE.json|-",
+    metavar="NAME=FILE.npy|NAME=FILE.jpg|NAME=FILE.txt|FILE.npz|FILE.json|-",
     help="Inputs, as of `leptonx predict`. Repeatable.",
 )
 @click.option("--target", type=click.IntRange(0), metavar="CLASS", help="The class. By default the most likely one.")
@@ -33,12 +34,13 @@ _COMPLETE = 0.05
 def explain(path: str, *, sources: tuple[str, ...], target: int | None, top: int, as_json: bool) -> None:
     """Show which inputs a class comes from, by the artifact at PATH that `compile --explain` wrote.
 
-    The features that count most are listed, with their sign; of an input of two dimensions, such as an image, there is
-    a heat map: @ # + : speak for the class, = - against it.
+    The features that count most are listed, with their sign, tokens by name; of an image, and of any other input of two
+    dimensions, there is a heat map: @ # + : speak for the class, = - against it.
 
     \b
       leptonx compile digits.py:model --explain gradients -o digits.lepton
       leptonx explain digits-explain.lepton --input image=images.npy
+      leptonx explain intents-explain.lepton --input text=question.txt
     """
     with _common.progress() as step:
         step("load JAX")
@@ -53,7 +55,7 @@ def explain(path: str, *, sources: tuple[str, ...], target: int | None, top: int
         if "target" not in servable.inputs or not any(name.startswith(_PREFIX) for name in servable.outputs):
             raise InputError(f"{path} gives no attributions; write one that does by leptonx compile --explain")
         declared = _arrays.as_declared(inputs, servable.inputs)
-        first = next((declared[name] for name in servable.inputs if name in declared), None)
+        first = next(iter(declared.values()), None)
         # A value without rows gets none here; the artifact says what is wrong with it.
         rows = len(first) if isinstance(first, list) or (isinstance(first, np.ndarray) and first.ndim) else 0
         declared["target"] = np.full(rows, -1 if target is None else target, np.int32)
@@ -71,29 +73,41 @@ def explain(path: str, *, sources: tuple[str, ...], target: int | None, top: int
 
 def _document(row: Mapping[str, Any], top: int) -> dict[str, Any]:
     parts = {name.removeprefix(_PREFIX): each for name, each in row.items() if name.startswith(_PREFIX)}
+    words = {name: row[_SEEN + name] for name in parts if _SEEN + name in row and row[_SEEN + name].dtype.kind == "U"}
     return {
         "target": int(row["target"]),
+        **({"label": str(row["label"])} if "label" in row else {}),
         "score": float(row["score"]),
         "baseline": float(row["baseline"]),
         "explained": float(sum(each.sum() for each in parts.values())),
         "attributions": {name: each.tolist() for name, each in parts.items()},
-        "top": {name: _largest(each, top) for name, each in parts.items()},
+        **({"tokens": {name: each.tolist() for name, each in words.items()}} if words else {}),
+        "top": {name: _largest(each, top, words.get(name)) for name, each in parts.items()},
     }
 
 
-def _largest(values: Any, top: int) -> list[dict[str, Any]]:
+def _largest(values: Any, top: int, words: Any) -> list[dict[str, Any]]:
     import numpy as np
 
     order = np.argsort(-np.abs(values), axis=None, kind="stable")[:top]
     places = [tuple(map(int, np.unravel_index(place, values.shape))) for place in order]
-    return [{"at": list(place), "attribution": float(values[place])} for place in places]
+    return [
+        {
+            "at": list(place),
+            **({} if words is None else {"token": str(words[place])}),
+            "attribution": float(values[place]),
+        }
+        for place in places
+    ]
 
 
 def _show(place: int, row: Mapping[str, Any], top: int) -> None:
     document = _document(row, top)
     change = document["score"] - document["baseline"]
+    label = f" ({document['label']})" if "label" in document else ""
     said = (
-        f"row {place}: class {document['target']}, score {document['score']:.4g}, baseline {document['baseline']:.4g}"
+        f"row {place}: class {document['target']}{label}, score {document['score']:.4g}, "
+        f"baseline {document['baseline']:.4g}"
     )
     gap = abs(document["explained"] - change)
     lines = [said, f"attributions add up to {document['explained']:.4g} of {change:.4g}"]
@@ -103,10 +117,31 @@ def _show(place: int, row: Mapping[str, Any], top: int) -> None:
     for name, largest in document["top"].items():
         values = row[_PREFIX + name]
         shape = [size for size in values.shape if size != 1]
-        if len(shape) == 2 and shape[1] <= 100:
+        if f"{_SEEN}{name.removesuffix('.pixels')}.size" in row:
+            _common.show(*_heat_map(_shrunk(values, row[f"{_SEEN}{name.removesuffix('.pixels')}.size"])))
+        elif len(shape) == 2 and shape[1] <= 100:
             _common.show(*_heat_map(values.reshape(shape)))
-        cells = [(", ".join(map(str, each["at"])), f"{each['attribution']:+.4g}") for each in largest]
-        _common.show(_common.table(name, ("at", ">attribution"), cells))
+        columns, cells = (
+            ("at", ">attribution"),
+            [(", ".join(map(str, each["at"])), f"{each['attribution']:+.4g}") for each in largest],
+        )
+        if name in document.get("tokens", {}):
+            columns, cells = (
+                ("token", *columns),
+                [(each["token"], *cell) for each, cell in zip(largest, cells, strict=True)],
+            )
+        _common.show(_common.table(name, columns, cells))
+
+
+def _shrunk(values: Any, size: Any) -> Any:
+    """The sums of the attributions of an image's pixels in cells of a picture of characters."""
+    import numpy as np
+
+    real = values[: int(size[0]), : int(size[1])].sum(-1)
+    wide = -(-real.shape[1] // _WIDEST)
+    high = 2 * wide if wide > 1 else 1
+    padded = np.pad(real, ((0, -real.shape[0] % high), (0, -real.shape[1] % wide)))
+    return padded.reshape(padded.shape[0] // high, high, -1, wide).sum((1, 3))
 
 
 def _heat_map(values: Any) -> list[str]:

@@ -58,6 +58,15 @@ class HuggingFace:
         """The tokens of several texts, as `encode`, which other threads of Python may go on beside."""
         return [list(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
 
+    def names(self) -> list[str]:
+        """Each token as people read it, in order: its text, or where it is no text by itself, the tokenizer's word."""
+        count = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        texts = self._tokenizer.decode_batch([[token] for token in range(count)], skip_special_tokens=False)
+        return [
+            text if text and "\ufffd" not in text else str(self._tokenizer.id_to_token(token) or token)
+            for token, text in enumerate(map(str, texts))
+        ]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))

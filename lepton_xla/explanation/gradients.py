@@ -58,10 +58,14 @@ def integrated_gradients(
     points, weights = ((points + 1) / 2).astype(np.float32), (weights / 2).astype(np.float32)
     values = {name: (baseline or {}).get(name, 0.0) for name in chosen}
 
+    def real(array: jax.Array) -> jax.Array:
+        return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
+
     def attribute(
         score: Callable[..., jax.Array], given: dict[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], jax.Array]:
-        ends = {name: given[name] for name in chosen}
+        ends = {name: real(given[name]) for name in chosen}
+        given = given | ends
         starts = {name: jnp.full_like(given[name], values[name]) for name in chosen}
         gradient = jax.grad(lambda at: jnp.sum(score(**{**given, **at})))
 

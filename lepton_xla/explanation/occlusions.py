@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import ModelError
+from lepton_xla.explanation import converted
 from lepton_xla.explanation.targets import check_explained, chosen_inputs, explaining, judged_output
 from lepton_xla.program import Program
+
+_PARTS = 8  # windows on a side of an image
 
 
 def occlusion(
@@ -30,10 +33,12 @@ def occlusion(
 
     Args:
         program: the model; its rows are independent.
-        windows: input -> size of the window along each axis but the first; by default one element of all inputs.
-        strides: input -> step from window to window; by default 1 along each axis.
+        windows: input -> size of the window along each axis but the first; by default one element of all inputs, and of
+            an image that is read from a file an eighth of each side, in all channels.
+        strides: input -> step from window to window; by default 1 along each axis, of such an image half a window.
         output: the output that is explained; by default the first with classes.
-        fill: input -> the value that stands for nothing, such as the token of a mask; 0 by default.
+        fill: input -> the value that stands for nothing, such as the token of a mask; by default 0, and the one behind
+            the end of a text.
 
     Returns:
         A program with one more input, `target`, int32 `[batch]`: the class, or -1 for the most likely one. Its outputs
@@ -54,20 +59,27 @@ def occlusion(
     chosen = chosen_inputs(program, list(windows) if windows else None, floats=False)
     check_explained("strides", strides, chosen)
     check_explained("fill", fill, chosen)
-    values = {name: (fill or {}).get(name, 0) for name in chosen}
+    pads = {name: step.pad for name, step in converted.tokens(program).items()}
+    wide = {
+        name: (-(-step.height // _PARTS), -(-step.width // _PARTS), step.channels)
+        for name, step in converted.pixels(program).items()
+    }
+    half = {name: (-(-size[0] // 2), -(-size[1] // 2), size[2]) for name, size in wide.items()}
+    values = pads | dict(fill or {})
     ranks = {name: len(program.inputs[name].shape) - 1 for name in chosen}
-    sizes = {name: _checked(name, (windows or {}).get(name), ranks[name], "window") for name in chosen}
-    steps = {name: _checked(name, (strides or {}).get(name), ranks[name], "stride") for name in chosen}
+    sizes = {name: _checked(name, (wide | dict(windows or {})).get(name), ranks[name], "window") for name in chosen}
+    half = {name: size for name, size in half.items() if name not in (windows or {})}
+    steps = {name: _checked(name, (half | dict(strides or {})).get(name), ranks[name], "stride") for name in chosen}
 
     def attribute(
         score: Callable[..., jax.Array], given: dict[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         whole = score(**given)
         made = {
-            name: _lost(score, given, name, whole, window=sizes[name], stride=steps[name], fill=values[name])
+            name: _lost(score, given, name, whole, window=sizes[name], stride=steps[name], fill=values.get(name, 0))
             for name in chosen
         }
-        covered = {name: jnp.full_like(given[name], values[name]) for name in chosen}
+        covered = {name: jnp.full_like(given[name], values.get(name, 0)) for name in chosen}
         return made, score(**{**given, **covered})
 
     return explaining(program, judged, chosen, attribute)

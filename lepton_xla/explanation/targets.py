@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lepton_xla.errors import ModelError
+from lepton_xla.explanation import converted
 from lepton_xla.program import Program, TensorSpec, trace
 
 TARGET = "target"
@@ -61,8 +62,10 @@ def explaining(
 
     Returns:
         A program of the same weights and inputs, and one more: `target`, int32 `[batch]`, the class, or -1 for the most
-        likely one. Its outputs are `target`; its `score`; the `baseline`; and an attribution for each input.
+        likely one. Its outputs are `target`; its `score`; the `baseline`; an attribution for each input; `seen/NAME`
+        for what the host made of texts and images, which clients still send; and `label`, if classes have names.
     """
+    names, seen = converted.classes(program, output), converted.seen(program)
 
     def fn(weights: Any, *given: jax.Array) -> dict[str, jax.Array]:
         *arrays, wanted = given
@@ -84,27 +87,38 @@ def explaining(
 
         attributions, baseline = attribute(score, inputs)
         named = {f"attribution/{name}": attributions[name] for name in explained}
-        return {"target": chosen, "score": of_class(found), "baseline": baseline, **named}
+        back = {f"{converted.SEEN}{name}": inputs[name] for name in seen}
+        label = {converted.LABEL: chosen} if names else {}
+        return {"target": chosen, "score": of_class(found), "baseline": baseline, **named, **back, **label}
 
     rows = program.outputs[output].shape[0]
     made = trace(fn, program.weights, {**program.inputs, TARGET: TensorSpec((rows,), "int32")})
     # The names of the weights stay those of the program.
-    return made.replace(fn=fn, weights=program.weights, masks=program.masks, history=program.history, axes=program.axes)
+    return made.replace(
+        fn=fn, weights=program.weights, masks=program.masks, history=program.history, axes=program.axes,
+        conversion=converted.conversion(program, names),
+    )  # fmt: skip
 
 
 def chosen_inputs(program: Program, asked: Sequence[str] | None, *, floats: bool) -> list[str]:
-    """The inputs that get attributions: those asked for, or all that can.
+    """The inputs that get attributions: those asked for, or all that can but masks of tokens and sizes of images.
+
+    Pixels, which the host makes of a file and compiled code turns to floats, count as floats.
 
     Raises:
         ModelError: if one does not exist, or is not of floats where it must be.
     """
-    can = [n for n, spec in program.inputs.items() if not floats or jnp.issubdtype(spec.dtype, jnp.floating)]
+    real = converted.pixels(program)
+    can = [
+        n for n, spec in program.inputs.items() if not floats or n in real or jnp.issubdtype(spec.dtype, jnp.floating)
+    ]
     for name in asked or ():
         if name not in program.inputs:
             raise ModelError(f"there is no input {name!r}; the model takes {', '.join(program.inputs)}")
         if name not in can:
             raise ModelError(f"input {name!r} is {program.inputs[name].dtype} and has no gradient; use occlusion")
-    chosen = list(asked) if asked else can
+    rest = converted.beside(program)
+    chosen = list(asked) if asked else [name for name in can if name not in rest]
     if not chosen:
         raise ModelError("no input is of floats, so none has a gradient; use occlusion")
     return chosen

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
+from lepton_xla.cli.explain import _shrunk
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,32 @@ def test_an_image_has_a_heat_map(cli, tmp_path):
     np.save(tmp_path / "x.npy", np.ones((1, 4, 4, 1), np.float32))
     lines = cli.ok("explain", tmp_path / "why.lepton", "--input", f"x={tmp_path / 'x.npy'}").splitlines()
     assert " @" in [line.rstrip() for line in lines]
+
+
+def test_tokens_of_a_text_are_named(cli, tmp_path):
+    tokenizer = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"?": 0, "lost": 1}, "unk_token": "?"}}'
+    program = lx.trace(
+        lambda w, tokens: w[tokens].sum(1),
+        np.float32([[0, 0], [0, 2]]),
+        {"tokens": lx.TensorSpec(("batch", 2), "int32")},
+    )
+    explained = lx.explanation.occlusion(lx.take_texts(program, tokenizer))
+    lx.compile(explained, {"batch": (1,)}, name="why").save(tmp_path / "why.lepton")
+    (tmp_path / "q.txt").write_text("lost")
+    call = ("explain", tmp_path / "why.lepton", "--input", f"text={tmp_path / 'q.txt'}")
+    (row,) = cli.json(*call)["rows"]
+    assert row["tokens"]["tokens"] == ["lost", "?"]
+    assert row["top"]["tokens"][0] == {"at": [0], "token": "lost", "attribution": 2.0}
+    assert ["lost", "0", "+2"] in [line.split() for line in cli.ok(*call).splitlines()]
+
+
+def test_a_picture_of_characters_is_of_the_image_alone_and_not_too_wide():
+    values = np.zeros((200, 300, 3), np.float32)
+    values[4, 150], values[190] = 1, 9  # the latter beyond the image
+    shrunk = _shrunk(values, (100, 151))
+    assert shrunk.shape == (17, 51)  # cells of 6 x 3 pixels
+    assert (shrunk[0, 50], shrunk.sum()) == (3, 3)
+    assert _shrunk(values[:20, :30], (20, 30)).shape == (20, 30)
 
 
 def test_an_artifact_without_attributions_is_refused(cli, artifact, tmp_path):

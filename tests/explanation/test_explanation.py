@@ -1,5 +1,8 @@
 """Attributions against cases by hand, axioms, and brute force in NumPy."""
 
+import io
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,11 @@ def network(weights, x):
 
 
 PROGRAM = lx.trace(network, {"one": W1, "two": W2}, {"x": lx.TensorSpec(("batch", 6), "float32")})
+
+PICTURE = lx.trace(
+    lambda w, image: image.mean((1, 2)) @ w, np.ones((1, 2), np.float32),
+    {"image": lx.TensorSpec(("batch", 8, 4, 1), "float32")},
+)  # fmt: skip
 
 
 def run(explained, *inputs):
@@ -104,6 +112,53 @@ def test_tokens_of_a_quantized_model_are_explained_by_occlusion():
         assert found[0, place] == pytest.approx(run_small(ids) - run_small(hidden), abs=1e-5)
     with pytest.raises(lx.ModelError, match="none has a gradient; use occlusion"):
         integrated_gradients(small)
+
+
+def test_a_file_of_an_image_is_explained_by_the_pixels_that_the_model_saw():
+    """A linear model of 8 x 4 pixels, weights rounded: attributions by hand, in both ways."""
+    image, weight = pytest.importorskip("PIL.Image"), np.zeros((8, 4, 1, 2), np.float32)
+    weight[5, 2, 0], weight[0, 0, 0] = (0, 127), (0, -127)  # which int8 has as they are
+    inputs = {"image": lx.TensorSpec(("batch", 8, 4, 1), "float32")}
+    program = lx.trace(lambda w, image: image.reshape(image.shape[0], -1) @ w.reshape(-1, 2), weight, inputs)
+    program = lx.take_images(program, "image", canvas=(8, 4), scale=1.0)
+    small = lx.optimize(program, lx.Recipe.load("int8-weight-only"), buckets={"batch": (1,)})
+    held = io.BytesIO()
+    image.fromarray(np.full((8, 4), 3, np.uint8)).save(held, "PNG")
+    expected = np.zeros((8, 4))
+    expected[5, 2], expected[0, 0] = 3 * 127, -3 * 127
+    for explained in (integrated_gradients(small, steps=1), occlusion(small)):  # windows of one pixel
+        sent = explained.converted({"image": [held.getvalue()], "target": np.int32([1])})
+        found = run(explained, *(sent[name] for name in explained.inputs))
+        np.testing.assert_allclose(found["attribution/image.pixels"][0, ..., 0], expected, rtol=1e-4, atol=1e-3)
+        assert found["seen/image.size"].tolist() == [[8, 4]]
+        assert (found["seen/image.pixels"] == 3).all()
+        assert "attribution/image.size" not in found
+    wide = occlusion(lx.take_images(PICTURE, "image", canvas=(32, 16)))
+    pixels, size = np.full((1, 32, 16, 1), 9, np.uint8), np.int32([[32, 16]])
+    found = run(wide, pixels, size, np.int32([0]))["attribution/image.pixels"]
+    assert len(np.unique(found.round(4))) > 1, "windows of 4 x 2"
+
+
+def test_tokens_come_back_by_name_and_classes_too():
+    words = {"[PAD]": 0, "[UNK]": 1, "lost": 2, "card": 3}
+    tokenizer = {
+        "version": "1.0", "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+    }  # fmt: skip
+    table = np.float32([[0, 1], [0, 0], [0, 4], [2, 0]])
+    inputs = {name: lx.TensorSpec(("batch", 4), "int32") for name in ("tokens", "mask")}
+
+    def twice(weights, tokens, mask):
+        scores = (weights[tokens] * mask[..., None].astype(jnp.float32)).sum(1)
+        return {"output": scores, "scores": scores}
+
+    program = lx.take_texts(lx.trace(twice, table, inputs), json.dumps(tokenizer), mask="mask")
+    explained = occlusion(lx.give_labels(program, ["fine", "broken"]))
+    found = lx.compile(explained, {"batch": (1,)}).servable()(text=["lost card"], target=np.int32([-1]))
+    assert found["label"].tolist() == ["broken"]
+    assert found["seen/tokens"].tolist() == [["lost", "card", "[PAD]", "[PAD]"]]
+    # A token is covered by the one of padding, which is worth 1 for the class; the mask stays as it is.
+    assert found["attribution/tokens"].tolist() == [[3, -1, 0, 0]]
 
 
 @pytest.mark.parametrize(

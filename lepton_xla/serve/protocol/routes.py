@@ -159,6 +159,7 @@ ROUTES: tuple[Route, ...] = (
     Route("page_script", "GET", "/ui/ui.js", "page", "Its script", response="text/javascript"),
     Route("page_figures", "GET", "/ui/figures.js", "page", "What the metrics say", response="text/javascript"),
     Route("page_drawing", "GET", "/ui/drawing.js", "page", "How figures are drawn", response="text/javascript"),
+    Route("page_explain", "GET", "/ui/explain.js", "page", "What an answer comes from", response="text/javascript"),
     Route("page_traffic", "GET", "/ui/traffic.js", "page", "Traffic and rollouts", response="text/javascript"),
     Route("page_style", "GET", "/ui/ui.css", "page", "Its style sheet", response="text/css"),
     *(

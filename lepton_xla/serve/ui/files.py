@@ -20,6 +20,7 @@ _FILES = {
     "page_script": ("ui.js", "text/javascript; charset=utf-8"),
     "page_figures": ("figures.js", "text/javascript; charset=utf-8"),
     "page_drawing": ("drawing.js", "text/javascript; charset=utf-8"),
+    "page_explain": ("explain.js", "text/javascript; charset=utf-8"),
     "page_traffic": ("traffic.js", "text/javascript; charset=utf-8"),
     "page_style": ("ui.css", "text/css; charset=utf-8"),
 }

@@ -2,6 +2,7 @@
 // never as markup, and nothing is loaded from elsewhere.
 
 import { button, bytes, make, milliseconds, number, percent, plot, table } from "./drawing.js";
+import { drawExplain, explained } from "./explain.js";
 import { parseMetrics, perVersion, quantile } from "./figures.js";
 import { drawTraffic, isMoving, isRunning } from "./traffic.js";
 
@@ -21,20 +22,24 @@ class Refused extends Error {
   }
 }
 
-async function ask(path, method = "GET", body = undefined) {
-  const headers = {};
+async function send(path, method, body, headers) {
   const token = sessionStorage.getItem(TOKEN);
   if (token) headers.Authorization = `Bearer ${token}`;
-  if (body !== undefined) headers["Content-Type"] = "application/json";
-  const answer = await fetch(path, {
-    method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
-  });
-  const text = await answer.text();
+  const answer = await fetch(path, { method, headers, body, cache: "no-store" });
   if (!answer.ok) {
     let message = `HTTP ${answer.status}`;
-    try { message = JSON.parse(text).error; } catch { /* not from the server itself */ }
+    try { message = (await answer.json()).error; } catch { /* not from the server itself */ }
     throw new Refused(answer.status, message);
   }
+  return answer;
+}
+
+const post = (path, body, headers) => send(path, "POST", body, headers);
+
+async function ask(path, method = "GET", body = undefined) {
+  const headers = body === undefined ? {} : { "Content-Type": "application/json" };
+  const answer = await send(path, method, body === undefined ? undefined : JSON.stringify(body), headers);
+  const text = await answer.text();
   return answer.headers.get("Content-Type").startsWith("application/json") ? JSON.parse(text) : text;
 }
 
@@ -230,6 +235,16 @@ function drawAudit(audit) {
     : make("p", {}, "Nothing was changed yet."));
 }
 
+let offered = ""; // the form is made anew only for other models: something may be written in it
+
+async function offerExplanations(index) {
+  const names = explained(index);
+  byId("explain-section").hidden = !names.length;
+  if (names.join("\n") === offered) return;
+  offered = names.join("\n");
+  if (names.length) await drawExplain(byId("explain"), names, ask, post);
+}
+
 async function look() {
   const [text, index, alerts, stored, audit] = await Promise.all([
     ask("/metrics"), ask("/v2/repository/index", "POST", {}), ask("/v2/alerts"),
@@ -250,6 +265,7 @@ async function look() {
   drawAlerts(alerts.alerts);
   drawModels(versions, index, stored, shared);
   drawAudit(audit);
+  await offerExplanations(index);
 }
 
 function show(signedIn) {

@@ -62,12 +62,13 @@ def test_its_files_are_open_and_keep_to_themselves(make_server, affine, tmp_path
 
 def in_node(tmp_path, script, value):
     """What a script makes of a value, with the functions of figures.js."""
-    for name in ("figures", "drawing", "traffic"):
+    for name in ("figures", "drawing", "traffic", "explain"):
         text = FILES[f"{name}.js"].replace('.js"', '.mjs"')
         (tmp_path / f"{name}.mjs").write_text(text)
     (tmp_path / "run.mjs").write_text(
         'import { readFileSync } from "node:fs";\n'
         'import { parseMetrics, perVersion, quantile } from "./figures.mjs";\n'
+        'import { decodeAnswer, encodeRequest, explained, largest } from "./explain.mjs";\n'
         'import { isMoving, isRunning, movedOf, saidOf } from "./traffic.mjs";\n'
         'const value = JSON.parse(readFileSync(0, "utf8"));\n'
         f"console.log(JSON.stringify({script}));\n"
@@ -147,6 +148,81 @@ def test_an_adjustment_is_told_in_one_sentence(tmp_path):
     assert in_node(tmp_path, said, over) == [
         f"Weights have moved from version 1 to 3: {far}.", False, False,
     ]  # fmt: skip
+
+
+def test_explanations_are_asked_for_and_read_as_the_protocol_has_them(tmp_path):
+    """The request against its bytes by hand; the answer from this package's server is in the browser's test."""
+    text, x = list("né".encode()), [[1.5, 2]]
+    asked = (
+        "await (async () => { const { length, body } = encodeRequest([{ name: 't', datatype: 'BYTES',"
+        " bytes: new Uint8Array(value[0]) }, { name: 'x', datatype: 'FP32', value: value[1] }], -1);"
+        " return [length, [...new Uint8Array(await body.arrayBuffer())]]; })()"
+    )
+    length, body = in_node(tmp_path, asked, [text, x])
+    head = json.loads(bytes(body[:length]))
+    assert [(each["name"], each["shape"], each.get("data")) for each in head["inputs"]] == [
+        ("t", [1], None), ("x", [1, 2], x), ("target", [1], [-1]),
+    ]  # fmt: skip
+    assert body[length:] == [3, 0, 0, 0, *text]
+    assert head["inputs"][0]["parameters"]["binary_data_size"] == 7
+    values = [0, -3, 1, 2, 0, 0]
+    assert in_node(tmp_path, "largest(value, [1, 2, 3])", values)[:2] == [
+        {"at": [0, 1], "word": None, "value": -3}, {"at": [1, 0], "word": None, "value": 2},
+    ]  # fmt: skip
+    index = [{"name": "a-explain", "state": "READY"}, {"name": "b"}, {"name": "c-explain", "state": "UNAVAILABLE"}]
+    assert in_node(tmp_path, "explained(value)", index) == ["a"]
+
+
+@pytest.mark.slow
+def test_in_a_browser_an_answer_is_explained(browser, tmp_path):
+    """Tokens of a text and pixels of a file, of models whose attributions are known."""
+    image, vocabulary = pytest.importorskip("PIL.Image"), {"[PAD]": 0, "card": 1, "lost": 2, "fine": 3}
+    tokenizer = {
+        "version": "1.0", "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[PAD]"},
+    }  # fmt: skip
+    worth = np.float32([[0, 0], [0, 0], [0, 3], [1, 0]])
+    ids = {"tokens": lx.TensorSpec(("batch", 4), "int32")}
+    words = lx.take_texts(lx.trace(lambda w, tokens: w[tokens].sum(1), worth, ids), json.dumps(tokenizer))
+    weight = np.zeros((4, 4, 3, 2), np.float32)
+    weight[0, 1, :, 1] = 1
+    pixels = {"image": lx.TensorSpec(("batch", 4, 4, 3), "float32")}
+    dots = lx.trace(lambda w, image: jnp.einsum("nhwc,hwck->nk", image, w), weight, pixels)
+    explaining = {
+        "words": lx.explanation.occlusion(words),
+        "dots": lx.explanation.integrated_gradients(lx.take_images(dots, "image", canvas=(4, 4)), steps=1),
+    }
+    repository = Repository(tmp_path / "models")
+    for name, each in explaining.items():
+        lx.compile(each, {"batch": (1,)}, name=f"{name}-explain").save(tmp_path / "one.lepton", overwrite=True)
+        repository.push(tmp_path / "one.lepton", f"{name}-explain")
+    image.fromarray(np.full((4, 4, 3), 51, np.uint8)).save(tmp_path / "dots.png")
+    with Server(repository=str(tmp_path / "models"), options=Options(port=0)) as server:
+        browser.goto(f"{server.url}/ui")
+        browser.locator(".explain select").select_option("words")
+        browser.get_by_label("text: text, or a file below").fill("card lost fine")
+        browser.get_by_role("button", name="Explain", exact=True).click()
+        browser.get_by_text("Class 1, score 3; 0 where nothing is there.").wait_for()
+        said = "spans => spans.map(span => [span.textContent, span.className, span.style.getPropertyValue('--share')])"
+        shown = browser.eval_on_selector_all(".tokens span", said)
+        assert shown[:3] == [["card", "for", "0.000"], ["lost", "for", "1.000"], ["fine", "for", "0.000"]]
+        browser.screenshot(path=tmp_path / "words.png", full_page=True)
+        browser.get_by_label("Class (").fill("0")
+        browser.get_by_role("button", name="Explain", exact=True).click()
+        browser.get_by_text("Class 0, score 1;").wait_for()
+        browser.locator(".explain select").select_option("dots")
+        browser.get_by_label("File for image").set_input_files(tmp_path / "dots.png")
+        browser.get_by_label("Class (").fill("")
+        browser.get_by_role("button", name="Explain", exact=True).click()
+        browser.get_by_text("Class 1, score 0.6; 0 where nothing is there.").wait_for()
+        colors = browser.eval_on_selector("canvas", "each => [...each.getContext('2d').getImageData(0, 0, 2, 1).data]")
+        assert colors == [51, 51, 51, 255, 46, 160, 67, 255]  # gray as it is, and green where it speaks for the class
+        browser.locator(".explain select").select_option("words")
+        browser.get_by_label("text: text, or a file below").fill("card " * 300)
+        browser.get_by_role("button", name="Explain", exact=True).click()
+        browser.get_by_text("at most", exact=False).wait_for()
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # fits a phone
+        assert [each for each in browser.said if "400" not in each and "501" not in each] == []
 
 
 @pytest.mark.slow
