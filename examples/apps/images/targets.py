@@ -24,6 +24,7 @@ import lepton_xla as lx
 from lepton_xla import train
 
 SIZES = (1, 8)
+CHANGED = 2000  # images that formats are chosen by too: of 500 alone, one lost 0.8 % of others and nothing of these
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -52,15 +53,21 @@ def pixels(images: np.ndarray) -> dict[str, np.ndarray]:
     return {"image.pixels": whole, "image.size": np.full((len(images), 2), 28, np.int32)}
 
 
+@functools.cache
+def to_choose_by() -> tuple[np.ndarray, np.ndarray]:
+    """The images that nothing is trained on, some of the others changed as none was that is trained on, and labels."""
+    known = digits_data.data()
+    changed = digits_data.augmented(known.images[:CHANGED], np.random.default_rng(11))
+    images, labels = [known.choosing, changed], [known.choosing_labels, known.labels[:CHANGED]]
+    return np.concatenate(images), np.concatenate(labels)
+
+
 def right(predict) -> dict[str, float]:
     """Of the images to choose by, the accuracy, and the mean probability of the right class."""
-    known = digits_data.data()
-    scores = np.asarray(predict(**pixels(known.choosing))["scores"])
-    rows = np.arange(len(scores))
-    likely = np.asarray(jax.nn.softmax(jnp.asarray(scores), axis=-1))[rows, known.choosing_labels]
-    return {
-        "accuracy": float((scores.argmax(-1) == known.choosing_labels).mean()), "right": float(likely.mean()),
-    }  # fmt: skip
+    images, labels = to_choose_by()
+    scores = np.asarray(predict(**pixels(images))["scores"])
+    likely = np.asarray(jax.nn.softmax(jnp.asarray(scores), axis=-1))[np.arange(len(scores)), labels]
+    return {"accuracy": float((scores.argmax(-1) == labels).mean()), "right": float(likely.mean())}
 
 
 def small() -> lx.Program:
