@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import collections
 import functools
+import json
 import os
 import pathlib
 import re
@@ -46,7 +48,8 @@ INTRODUCTION = (
     "as the budget has room for. The hot models are the five that are asked most.\n\n"
     "Throughput: the same requests to one model and to several in turn, each connection with one request at a "
     "time. The server has one core fewer than the machine. Requests of several models make smaller batches, and each "
-    "batch is an execution, which is what costs."
+    "batch is an execution, which is what costs: below several models stands one whose batches may have no more rows "
+    "than theirs have on average, up to the next compiled size."
 )
 
 
@@ -273,6 +276,15 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
     server = serve(folder / "MODELS", Payload(names[0], payload.rows, payload.outputs))
     found: dict[str, dict[str, float]] = {}
     batches: dict[str, dict[str, float]] = {}
+    alike: dict[str, dict[str, list[float]]] = {}
+    sizes_compiled = lx.load(path).buckets["batch"]
+
+    def measured(asked: Sequence[bytes], at_once: int) -> tuple[float, float]:
+        before = _batches(server)
+        per_s = uvloop.run(rate(server.port, asked, at_once, seconds))
+        rows, executions = (after - then for after, then in zip(_batches(server), before, strict=True))
+        return per_s, rows / executions
+
     try:
         with on_cores(slice(-1, None)):
             for at_once in connections:
@@ -280,15 +292,30 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
                 sizes: dict[int, list[float]] = {count: [] for count in counts}
                 for _ in range(3):
                     for count in counts:
-                        before = _batches(server)
-                        rounds[count].append(uvloop.run(rate(server.port, requests[:count], at_once, seconds)))
-                        rows, executions = (after - then for after, then in zip(_batches(server), before, strict=True))
-                        sizes[count].append(rows / executions)
+                        per_s, rows = measured(requests[:count], at_once)
+                        rounds[count].append(per_s)
+                        sizes[count].append(rows)
                 found[str(at_once)] = {str(count): float(np.median(each)) for count, each in rounds.items()}
                 batches[str(at_once)] = {str(count): float(np.median(each)) for count, each in sizes.items()}
+                alike[str(at_once)] = {}
+                for count in counts[1:]:
+                    at = bisect.bisect_left(sizes_compiled, batches[str(at_once)][str(count)])
+                    most = sizes_compiled[min(at, len(sizes_compiled) - 1)]
+                    _limit(server, names[0], most)
+                    of_three = [measured(requests[:1], at_once) for _ in range(3)]
+                    alike[str(at_once)][str(count)] = [most, *(float(each) for each in np.median(of_three, axis=0))]
+                _limit(server, names[0], sizes_compiled[-1])
     finally:
         server.stop()
-    return {"rates": found, "batches": batches}
+    return {"rates": found, "batches": batches, "alike": alike}
+
+
+def _limit(server: Server, name: str, rows: int) -> None:
+    """Has a model take no more rows into a batch."""
+    parameters = {"parameters": {"config": json.dumps({"max_batch_size": rows})}}
+    url = f"http://127.0.0.1:{server.port}/v2/repository/models/{name}/load"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(parameters).encode()), timeout=60):
+        pass
 
 
 def _batches(server: Server) -> tuple[float, float]:
@@ -334,14 +361,16 @@ def tables(found: Any) -> list[str]:
         )  # fmt: skip
         made.append(harness.markdown(header, [line]))
     if "shared" in found:
-        lines = [
-            (
-                connections, count, f"{rate:,.0f}", f"{rate / rates['1']:.2f}",
-                f"{found['shared']['batches'][connections][count]:.1f}",
-            )
-            for connections, rates in found["shared"]["rates"].items()
-            for count, rate in rates.items()
-        ]  # fmt: skip
+        lines: list[tuple[object, ...]] = []
+        for connections, rates in found["shared"]["rates"].items():
+            for count, per_s in rates.items():
+                rows = found["shared"]["batches"][connections][count]
+                lines.append((connections, count, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}", f"{rows:.1f}"))
+                alike = found["shared"].get("alike", {}).get(connections, {}).get(count)
+                if alike is not None:
+                    most, per_s, rows = alike
+                    said = f"1, at most {most} rows"
+                    lines.append((connections, said, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}", f"{rows:.1f}"))
         header = (
             "connections", "models", "requests/s", f"of one model's (at least {TARGET_THROUGHPUT:g})",
             "rows of a batch",
