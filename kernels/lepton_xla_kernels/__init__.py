@@ -4,14 +4,22 @@ import ctypes
 import pathlib
 from typing import Any
 
-INTERFACE = 4
+INTERFACE = 5
 """Changes whenever targets are added, take other operands or give other results; lepton-xla asks for its own."""
 
 _LIBRARY = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_library.so")))
 _LIBRARY.lepton_variant.restype = ctypes.c_char_p
 _LIBRARY.lepton_use.restype = ctypes.c_bool
 _LIBRARY.lepton_use.argtypes = [ctypes.c_char_p]
-_NAMES = ("attention", "convolution", "integer_convolution", "integer_product", "weight_only_8", "weight_only_4")
+_NAMES = (
+    "attention",
+    "convolution",
+    "integer_convolution",
+    "integer_product",
+    "norm",
+    "weight_only_8",
+    "weight_only_4",
+)
 
 
 def ffi_version() -> tuple[int, int]:

@@ -7,13 +7,15 @@
 
 namespace lepton {
 
-// y[M, N] = epilogue(scale of row * scale of column * (codes of x[M, K] @ codes[N, K]^T)), summed in int32.
+// y[M, N] = epilogue(scale of row * scale of column * (codes of (x[M, K] * factor[K]) @ codes[N, K]^T)), summed in
+// int32.
 struct IntegerProduct {
   static constexpr int64_t kPanelColumns = 64;
   const float* x;
   const int8_t* codes;        // a row is a column of the weight
   const float* scale;         // [N], or [1] if `one_scale`
   const float* static_scale;  // the scale of all rows of x; null: each row's largest magnitude becomes 127
+  const float* factor;        // [K], or null
   float* y;
   int64_t m, k, n;
   bool one_scale;

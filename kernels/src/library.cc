@@ -180,20 +180,22 @@ ffi::Error weight_only_4(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::B
 
 ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
                            ffi::BufferR2<ffi::F32> scale, ffi::BufferR1<ffi::F32> static_scale,
-                           ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual, int64_t activation,
-                           ffi::ResultBufferR2<ffi::F32> y) {
+                           ffi::BufferR1<ffi::F32> factor, ffi::BufferR1<ffi::F32> bias,
+                           ffi::BufferR2<ffi::F32> residual, int64_t activation, ffi::ResultBufferR2<ffi::F32> y) {
   IntegerProduct p{};
   p.x = x.typed_data();
   p.codes = codes.typed_data();
   p.scale = scale.typed_data();
   p.static_scale = static_scale.dimensions()[0] == 1 ? static_scale.typed_data() : nullptr;
+  p.factor = factor.dimensions()[0] == 0 ? nullptr : factor.typed_data();
   p.y = y->typed_data();
   p.m = x.dimensions()[0];
   p.k = x.dimensions()[1];
   p.n = codes.dimensions()[0];
   p.one_scale = scale.dimensions()[1] == 1;
   if (codes.dimensions()[1] != p.k || scale.dimensions()[0] != 1 || (!p.one_scale && scale.dimensions()[1] != p.n) ||
-      static_scale.dimensions()[0] > 1 || y->dimensions()[0] != p.m || y->dimensions()[1] != p.n ||
+      static_scale.dimensions()[0] > 1 || (p.factor != nullptr && factor.dimensions()[0] != p.k) ||
+      y->dimensions()[0] != p.m || y->dimensions()[1] != p.n ||
       !read_epilogue(p.epilogue, bias, residual, activation, p.m, p.n))
     return ffi::Error::InvalidArgument("integer_product: shapes of operands and result do not fit");
   if (p.m == 0 || p.n == 0) return ffi::Error::Success();
@@ -266,6 +268,7 @@ XLA_FFI_DEFINE_HANDLER(kIntegerProduct, lepton::integer_product,
                            .Arg<ffi::BufferR2<ffi::F32>>()
                            .Arg<ffi::BufferR2<ffi::S8>>()
                            .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR2<ffi::F32>>()

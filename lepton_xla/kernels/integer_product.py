@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,11 @@ SAFE_DEPTH = 32
 
 
 def multiply(
-    x: jax.Array, weight: QTensor, static_scale: jax.Array | None = None, epilogue: Epilogue | None = None
+    x: jax.Array,
+    weight: QTensor,
+    static_scale: jax.Array | None = None,
+    epilogue: Epilogue | None = None,
+    factor: jax.Array | None = None,
 ) -> jax.Array:
     """Round activations to int8, multiply them by the codes of a weight, scale the sums, and apply an epilogue.
 
@@ -29,6 +34,7 @@ def multiply(
         static_scale: the scale of the activations, float32 with one element; None: that of each row covers its largest
             magnitude.
         epilogue: what follows the product.
+        factor: float32 [K], by which activations are multiplied before they are rounded; None: by nothing.
 
     Returns:
         float32 [M, N].
@@ -42,8 +48,14 @@ def multiply(
     assert weight.values.ndim == 2
     assert x.dtype == jnp.float32
     static = jnp.zeros(0, jnp.float32) if static_scale is None else jnp.reshape(static_scale, (1,))
+    factor = jnp.zeros(0, jnp.float32) if factor is None else factor
     bias, residual, activation = (epilogue or Epilogue()).operands()
-    return PRIMITIVE.bind(x, weight.values, weight.scale, static, bias, residual, activation=activation)
+    return PRIMITIVE.bind(x, weight.values, weight.scale, static, factor, bias, residual, activation=activation)
+
+
+def with_factor(operands: Sequence[Any], x: jax.Array, factor: jax.Array) -> list[Any]:
+    """The primitive's operands, its activations multiplied by a factor of each column before they are rounded."""
+    return [x, *operands[1:4], factor, *operands[5:]]
 
 
 def _shape(x: Any, codes: Any, *_: Any, **_params: Any) -> tuple[tuple[Any, ...], Any]:
@@ -55,6 +67,7 @@ def _by_xla(
     codes: jax.Array,
     scale: jax.Array,
     static: jax.Array,
+    factor: jax.Array,
     bias: jax.Array,
     residual: jax.Array,
     *,
@@ -62,6 +75,7 @@ def _by_xla(
 ) -> jax.Array:
     """The same in XLA's own operations."""
     int8 = FORMATS["int8"]
+    x = x * factor[None] if factor.shape[0] else x
     rows = absmax_scale(magnitude(x, (1,)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1))
     missing = max(0, SAFE_DEPTH - x.shape[1])
     left, right = (jnp.pad(each, ((0, 0), (0, missing))) for each in (encode(x, rows, int8), codes))
@@ -75,4 +89,4 @@ def _call(*operands: Any, activation: int) -> tuple[str, tuple[Any, ...], dict[s
     return (f"{installation.PREFIX}integer_product", operands, attributes) if installation.usable() else None
 
 
-PRIMITIVE = _compat.row_primitive("integer_product", _shape, _by_xla, _call, by_row=(0, 5))
+PRIMITIVE = _compat.row_primitive("integer_product", _shape, _by_xla, _call, by_row=(0, 6))

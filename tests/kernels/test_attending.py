@@ -217,6 +217,18 @@ def test_what_is_not_attention_stays(kernels, fn):
     jax.tree.map(np.testing.assert_array_equal, jax.jit(found)(*given_operands), jax.jit(fn)(*given_operands))
 
 
+def test_axes_that_are_moved_twice_are_not_moved(kernels):
+    """Of one example, from which a product drops the axis of examples between the two."""
+    given_operands = operands(1, 7, 7, 3, 4, 4)
+    found = attending.attend(by_hand, lambda _pattern: True)
+    made = jax.make_jaxpr(jax.jit(found))(*given_operands, np.ones((1, 7))).eqns[0].params["jaxpr"]
+    kernel = next(eqn for eqn in made.eqns if eqn.primitive.name == "attention")
+    assert {"transpose"}.isdisjoint(eqn.primitive.name for eqn in made.eqns if eqn.outvars[0] in kernel.invars)
+    np.testing.assert_allclose(
+        jax.jit(found)(*given_operands, np.ones((1, 7))), reference(*given_operands, scale=0.5), **TOLERANCE
+    )
+
+
 def attentive(weights, x):
     heads = jnp.reshape(x @ weights["w"], (x.shape[0], x.shape[1], 2, 4))
     return by_hand(heads, heads, heads, jnp.ones(x.shape[:2]))

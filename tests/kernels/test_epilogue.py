@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lepton_xla.kernels import integer_product, weight_only
 from lepton_xla.kernels.epilogue import ACTIVATIONS, Epilogue
+from lepton_xla.passes.quantization import epilogues
 from lepton_xla.quant import quantize
 
 EXACT = {
@@ -108,6 +109,26 @@ def test_several_batches(kernels):
             for at in range(3)
         ]
         np.testing.assert_array_equal(got, np.stack(parts))
+
+
+def test_factors_before_a_product_become_its_own(kernels):
+    """A vector that multiplies the rows, and nothing else that does."""
+    x, factor, weight = jnp.asarray(array(2, 3, 30)), jnp.asarray(array(30)), stored("int8 x int8", 30, 20)
+
+    def fn(x, factor):
+        return multiplied("int8 x int8", jnp.reshape(x * factor, (6, 30)), weight)
+
+    def product(fn, *given):
+        made = jax.make_jaxpr(fn)(*given)
+        (found,) = [eqn for eqn in made.eqns if eqn.primitive is integer_product.PRIMITIVE]
+        return found.invars[4].aval.shape, [eqn.primitive.name for eqn in made.eqns]
+
+    for shape, expected in (((1, 1, 30), (30,)), ((2, 3, 30), (0,)), ((2, 3, 1), (0,))):
+        given_factor = jnp.broadcast_to(factor[: shape[-1]], shape) if shape[0] == 2 else jnp.reshape(factor, shape)
+        found = epilogues.fuse(lambda x, vector, shape=shape: fn(x, jnp.reshape(vector, shape)))
+        operand = factor if shape == (1, 1, 30) else given_factor
+        assert product(found, x, operand)[0] == expected
+        np.testing.assert_array_equal(jax.jit(found)(x, operand), jax.jit(fn)(x, given_factor))
 
 
 def test_activations_have_numbers():

@@ -48,14 +48,16 @@ def reference(x, weight, static=None):
     columns=st.integers(1, 90),
     per_channel=st.booleans(),
     static=st.sampled_from([None, 0.02]),
+    factors=st.booleans(),
 )
-def test_every_shape_is_multiplied(variants, rows, depth, columns, per_channel, static):
+def test_every_shape_is_multiplied(variants, rows, depth, columns, per_channel, static, factors):
     x, weight = array(rows, depth), stored(depth, columns, per_channel=per_channel)
+    factor = array(depth, seed=2) if factors else None
     x[0] = 0
     given_scale = None if static is None else jnp.float32(static)
     for _ in variants():
-        got = integer_product.multiply(jnp.asarray(x), weight, given_scale)
-        np.testing.assert_array_equal(got, reference(x, weight, static))
+        got = integer_product.multiply(jnp.asarray(x), weight, given_scale, None, factor)
+        np.testing.assert_array_equal(got, reference(x if factor is None else x * factor, weight, static))
 
 
 @pytest.mark.parametrize("shape", [(200, 300, 350), (5, 900, 700), (17, 2000, 130)])  # by rows, columns, panels
@@ -142,16 +144,17 @@ def test_transformations_and_the_fallback(kernels, monkeypatch):
         ({3: (2,)}, 0),
         ({0: (3, 8)}, 0),
         ({4: (3,)}, 0),
-        ({5: (1, 4)}, 0),
-        ({5: (2, 3)}, 0),
+        ({5: (3,)}, 0),
+        ({6: (1, 4)}, 0),
+        ({6: (2, 3)}, 0),
         ({}, 5),
         ({}, -1),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(kernels, wrong, activation):
     call = jax.ffi.ffi_call(f"{installation.PREFIX}integer_product", jax.ShapeDtypeStruct((2, 4), jnp.float32))
-    shapes = [(2, 8), (4, 8), (1, 4), (0,), (4,), (2, 4)]
-    kinds = ("f4", "i1", "f4", "f4", "f4", "f4")
+    shapes = [(2, 8), (4, 8), (1, 4), (0,), (8,), (4,), (2, 4)]
+    kinds = ("f4", "i1", "f4", "f4", "f4", "f4", "f4")
     operands = [jnp.zeros(wrong.get(at, shapes[at]), kind) for at, kind in enumerate(kinds)]
     with pytest.raises(jax.errors.JaxRuntimeError, match="do not fit"):
         jax.block_until_ready(jax.jit(lambda *given: call(*given, activation=np.int64(activation)))(*operands))

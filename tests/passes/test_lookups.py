@@ -40,6 +40,7 @@ def test_equinox_embeddings_are_stored_in_codes_and_looked_up_there(tmp_path):
     assert (site.name, site.kind, cost(program).sites[0].kind) == ("table", "gather", "gather")
     small = lx.optimize(program, RECIPE)
     assert small.weights_bytes < 0.35 * program.weights_bytes
+    assert small.weights["table"].values.shape == (V, D)  # a row in one piece
     ids = np.random.default_rng(1).integers(0, V, (2, 3)).astype(np.int32)
     np.testing.assert_allclose(small(small.weights, ids), nearest()[ids], rtol=1e-2, atol=1e-6)
     trained = fake_quant(program, resolve(RECIPE, program))

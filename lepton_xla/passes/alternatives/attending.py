@@ -50,6 +50,19 @@ class Operand:
         shape = (*_sizes(sizes, self.example), sizes[self.row], *_sizes(sizes, self.head), sizes[self.depth])
         return jnp.reshape(jnp.transpose(value, (*order, *others)), shape)
 
+    def before_moves(self, graph: Graph) -> Operand:
+        """The same operand read before its axes are moved, so that two moves do not have to cancel each other."""
+        eqn, index = self.place
+        maker = graph.made_by(eqn.invars[index])
+        if maker is None or maker.primitive.name not in ("transpose", "squeeze"):
+            return self
+        if maker.primitive.name == "transpose":
+            was = list(maker.params["permutation"])
+        else:
+            was = [axis for axis in range(maker.invars[0].aval.ndim) if axis not in maker.params["dimensions"]]
+        example, head = (tuple(was[axis] for axis in axes) for axes in (self.example, self.head))
+        return Operand((maker, 0), example, head, was[self.row], was[self.depth]).before_moves(graph)
+
 
 def _sizes(shape: Sequence[Any], axes: Sequence[int]) -> tuple[Any, ...]:
     return tuple(shape[axis] for axis in axes) or (1,)
@@ -80,6 +93,12 @@ class Pattern:
     masked: tuple[float | None, float | None] | None = None
 
     @property
+    def places(self) -> list[Place]:
+        """Where operands and what is added to the scores are read."""
+        own = [self.query.place, self.key.place, self.value.place]
+        return own if self.bias is None else [*own, self.bias[0]]
+
+    @property
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes of query, key, value and bias, as the kernel takes them."""
         given = [each.place[0].invars[each.place[1]].aval for each in (self.query, self.key, self.value)]
@@ -93,6 +112,19 @@ class Pattern:
         sizes = dict(zip(self.bias[2], self.bias[1], strict=True))
         shape = (batch, *(sizes.get(axis, 1) for axis in "hqk"))
         return (*made, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    @property
+    def first(self) -> Any:
+        """The first of its equations."""
+        return self.members[0]
+
+    @property
+    def ways(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+        """Functions of the kernel's operands: in XLA's own operations, and by the kernel."""
+        params = {"scale": self.scale, "masks": self.masked is not None}
+        return lambda *given: attention.by_xla(*given, **params), lambda *given: attention.PRIMITIVE.bind(
+            *given, **params
+        )
 
     @property
     def kind(self) -> Any:
@@ -150,11 +182,7 @@ def attend(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Callabl
         patterns = [pattern for pattern in find(closed) if wanted(pattern)]
         last = {id(pattern.last): pattern for pattern in patterns}
         members = {id(eqn) for pattern in patterns for eqn in pattern.members}
-        places = {
-            id(place[0])
-            for pattern in patterns
-            for place in (pattern.query.place, pattern.value.place, *([pattern.bias[0]] if pattern.bias else []))
-        }
+        places = {id(place[0]) for pattern in patterns for place in pattern.places}
 
         def rule(context: Context, eqn: Any, values: Values) -> Values | None:
             notes = context.walk.notes
@@ -173,7 +201,7 @@ def attend(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Callabl
             return [pattern.compute(three, None if pattern.bias is None else operand(pattern.bias[0]))]
 
         names = {eqn.primitive.name for pattern in patterns for eqn in (*pattern.members, pattern.last)}
-        names |= {pattern.bias[0][0].primitive.name for pattern in patterns if pattern.bias}
+        names |= {eqn.primitive.name for pattern in patterns for eqn, _ in pattern.places}
         return dict.fromkeys(names, rule)
 
     return rewrite(flat(fn), rules, inline=True, on_unknown="keep")
@@ -296,6 +324,7 @@ class _Search:
         bias = None
         if self.bias is not None:
             bias = self.bias[0], self.bias[1], tuple(named[axis] for axis in self.bias[2])
+        query, key, value = (each.before_moves(self.graph) for each in (query, key, value))
         found = Pattern(query, key, value, last, self.members, order, self.scale, bias, self.masked)
         return found if found.fits else None
 

@@ -1,10 +1,10 @@
 """Replaces operations that XLA is slow at by alternatives that measure faster.
 
-Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, `attending` for
-attention by a kernel, and `single_row` for products of a single row. Each is timed against XLA's own operation at the
-sizes to be compiled. Then the whole program is timed with all winners, because an operation costs more or less among
-its neighbours than alone; if it is slower, with convolutions, products and attention in turn, so that what one of
-them loses does not cost the others' gain.
+Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, `attending` and
+`norming` for attention and norms by a kernel, and `single_row` for products of a single row. Each is timed against
+XLA's own operation at the sizes to be compiled. Then the whole program is timed with all winners, because an operation
+costs more or less among its neighbours than alone; if it is slower, with convolutions, products, attention and norms in
+turn, so that what one of them loses does not cost the others' gain.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
-from lepton_xla.kernels import attention
-from lepton_xla.passes.alternatives import attending, convolving, fusing, shifted, single_row
+from lepton_xla.kernels import attention, norm
+from lepton_xla.passes.alternatives import attending, convolving, fusing, norming, shifted, single_row
 from lepton_xla.passes.core.layouts import Step
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import Site, trace_sites
@@ -42,6 +42,7 @@ WORTH_RATIO = 0.97
 # Maximum number of sizes at which the whole program is timed.
 MAX_SIZES = 2
 _PRIMITIVES = ("conv_general_dilated", "dot_general")
+type _Pattern = attending.Pattern | norming.Pattern
 
 
 def ways(eqn: Any, *, transposed: bool = False) -> dict[str, Callable[..., jax.Array]]:
@@ -128,8 +129,11 @@ class Choices:
 
         rules = dict.fromkeys(_PRIMITIVES, rule) | {"transpose": _follow_transpose}
         tuned = rewrite(fn, rules, inline=True, on_unknown="keep") if self.any else fn
-        if any(way == KERNEL for kind, way in self.way.items() if kind[0] == attention.PRIMITIVE.name):
+        by_kernel = {kind[0] for kind, way in self.way.items() if way == KERNEL}
+        if attention.PRIMITIVE.name in by_kernel:
             tuned = attending.attend(tuned, lambda pattern: self.way.get(pattern.kind, XLA) == KERNEL)
+        if norm.PRIMITIVE.name in by_kernel:
+            tuned = norming.normalize(tuned, lambda pattern: self.way.get(pattern.kind, XLA) == KERNEL)
         return fusing.fuse(tuned) if KERNEL in self.way.values() else tuned
 
     def of(self, eqn: Any, *, transposed: bool = False) -> Callable[..., jax.Array] | None:
@@ -222,9 +226,9 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
                     Timing(site.name, dict(at), times)
                 )
         if timer.target.has_kernels and not spread:
-            for name, pattern in _attention(fn, weights, program.abstract_inputs(at)).items():
+            for name, pattern in _patterns(fn, weights, program.abstract_inputs(at)).items():
                 say(f"ways to compute {name}")
-                times = timer.once(_Attention.of(pattern), functools.partial(_time_attention, pattern, timer))
+                times = timer.once(_Facts.of(pattern), functools.partial(_time_pattern, pattern, timer))
                 timings.setdefault(pattern.kind, []).append(Timing(name, dict(at), times))
         if not timings:
             break
@@ -317,38 +321,35 @@ def _runs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> boo
 
 
 @dataclasses.dataclass(frozen=True)
-class _Attention:
-    """The properties of attention that determine its time."""
+class _Facts:
+    """The properties of a pattern that determine its time."""
 
+    kind: Any
     shapes: tuple[tuple[Any, ...], ...]
-    masks: bool
 
     @classmethod
-    def of(cls, pattern: attending.Pattern) -> _Attention:
-        return cls(tuple(each.shape for each in pattern.shapes), pattern.masked is not None)
+    def of(cls, pattern: _Pattern) -> _Facts:
+        return cls(pattern.kind, tuple(each.shape for each in pattern.shapes))
 
 
-def _attention(fn: Callable[..., Any], weights: Any, inputs: Sequence[Any]) -> dict[str, attending.Pattern]:
-    """The attention of a program, by name."""
-    closed = jax.make_jaxpr(attending.flat(fn))(weights, *inputs)
-    found: dict[str, attending.Pattern] = {}
-    for number, pattern in enumerate(attending.find(closed)):
-        scope = _compat.scope(pattern.members[0])
-        found[f"{scope and scope + '/'}attention#{number}"] = pattern
+def _patterns(fn: Callable[..., Any], weights: Any, inputs: Sequence[Any]) -> dict[str, _Pattern]:
+    """The attention and the norms of a program, by name."""
+    found: dict[str, _Pattern] = {}
+    for module in (attending, norming):
+        closed = jax.make_jaxpr(module.flat(fn))(weights, *inputs)
+        for number, pattern in enumerate(module.find(closed)):
+            scope = _compat.scope(pattern.first)
+            found[f"{scope and scope + '/'}{pattern.kind[0]}#{number}"] = pattern
     return found
 
 
-def _time_attention(pattern: attending.Pattern, timer: Timer) -> dict[str, float]:
-    params = {"scale": pattern.scale, "masks": pattern.masked is not None}
-
-    def by_xla(_weights: Any, *operands: Any) -> jax.Array:
-        return attention.by_xla(*operands, **params)
-
-    def by_kernel(_weights: Any, *operands: Any) -> jax.Array:
-        return attention.PRIMITIVE.bind(*operands, **params)
-
-    functions = [(by_xla, ()), (by_kernel, ())]
+def _time_pattern(pattern: _Pattern, timer: Timer) -> dict[str, float]:
+    functions = [(functools.partial(_weightless, way), ()) for way in pattern.ways]
     return dict(zip((XLA, KERNEL), time_programs(functions, pattern.shapes, timer, OPERATION_BUDGET_S), strict=True))
+
+
+def _weightless(way: Callable[..., jax.Array], _weights: Any, *operands: Any) -> jax.Array:
+    return way(*operands)
 
 
 def _is_transposed(site: Site) -> bool:

@@ -24,13 +24,13 @@ _TOLERANCE = 2e-6
 
 _erf = np.vectorize(math.erf, otypes=[float])
 _erfc = np.vectorize(math.erfc, otypes=[float])
-_ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
+ELEMENTWISE: dict[str, Callable[..., np.ndarray]] = {
     "abs": np.abs, "add": np.add, "copy": np.copy, "copy_p": np.copy, "div": np.divide, "eq": np.equal, "erf": _erf,
     "erfc": _erfc, "exp": np.exp, "ge": np.greater_equal, "gt": np.greater, "le": np.less_equal,
     "log1p": np.log1p, "logistic": lambda x: 1 / (1 + np.exp(-x)), "lt": np.less, "max": np.maximum,
     "min": np.minimum, "mul": np.multiply, "ne": np.not_equal, "neg": np.negative, "pow": np.power,
-    "select_n": lambda which, *cases: np.where(which, cases[-1], cases[0]), "square": np.square,
-    "sub": np.subtract, "tanh": np.tanh,
+    "rsqrt": lambda x: 1 / np.sqrt(x), "select_n": lambda which, *cases: np.where(which, cases[-1], cases[0]),
+    "sqrt": np.sqrt, "square": np.square, "sub": np.subtract, "tanh": np.tanh,
 }  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _evaluate(graph: Graph, eqn: Any, values: Mapping[Any, Any]) -> np.ndarray |
         return operands[0] if eqn.outvars[0].aval.dtype == jnp.float32 else None
     if name == "broadcast_in_dim":
         return operands[0] if np.ndim(operands[0]) == 0 else None
-    function = _ELEMENTWISE.get(name)
+    function = ELEMENTWISE.get(name)
     return None if function is None else np.asarray(function(*operands), np.float64)
 
 
@@ -146,13 +146,16 @@ def _evaluate_body(eqn: Any, operands: Sequence[Any]) -> np.ndarray | None:
 
 
 def constant_of(graph: Graph, atom: Any) -> float | None:
-    """The value of a number, also of one that is broadcast; None if it is none."""
+    """The value of a number, also of one that is broadcast, or computed from numbers; None if it is none."""
     if isinstance(atom, _compat.LITERAL):
         return float(atom.val) if np.ndim(atom.val) == 0 else None
     maker = graph.makers.get(atom)
     if maker is not None and maker.primitive.name in ("broadcast_in_dim", "convert_element_type"):
         return constant_of(graph, maker.invars[0])
-    return None
+    if maker is None or maker.primitive.name not in ELEMENTWISE or maker.outvars[0].aval.ndim:
+        return None
+    operands = [constant_of(graph, each) for each in maker.invars]
+    return None if None in operands else float(ELEMENTWISE[maker.primitive.name](*operands))
 
 
 def _named(value: np.ndarray) -> str | None:

@@ -1,6 +1,7 @@
-"""Finds what follows a product of codes and gives it to the kernel: bias, activation, sum with another activation.
+"""Finds what is around a product of codes and gives it to the kernel: bias, activation, sum with another activation
+after it, and the factors of its columns before it.
 
-A kernel computes these while its result is in the cache; XLA cannot fuse anything into a custom call.
+A kernel computes these while its rows are in the cache; XLA cannot fuse anything into a custom call.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Pattern:
         bias: the equation that reads the bias, and the index of that operand; None if there is no bias.
         activation: a key of `ACTIVATIONS`.
         residual: the equation, and the index of the operand, that is added last.
+        factor: where the factors of the columns of the activation are read, if it is multiplied by some.
+        rows: where the activation is read before that.
     """
 
     product: Any
@@ -46,9 +49,18 @@ class Pattern:
     bias: tuple[Any, int] | None = None
     activation: str = ""
     residual: tuple[Any, int] | None = None
+    factor: tuple[Any, int] | None = None
+    rows: tuple[Any, int] | None = None
+
+    @property
+    def read(self) -> Mapping[str, tuple[Any, int]]:
+        """Where operands are read that the product does not have, by their names."""
+        named = {"bias": self.bias, "residual": self.residual, "factor": self.factor, "rows": self.rows}
+        return {name: place for name, place in named.items() if place is not None}
 
     def __str__(self) -> str:
-        parts = ["bias" if self.bias else "", self.activation, "residual" if self.residual else ""]
+        parts = ["factors" if self.factor else "", "bias" if self.bias else "", self.activation]
+        parts.append("residual" if self.residual else "")
         return " + ".join(filter(None, parts))
 
 
@@ -79,9 +91,8 @@ def fuse(fn: Callable[..., Any], fused: dict[str, str] | None = None) -> Callabl
                 fused[site] = str(pattern)
             for eqn in (pattern.product, *pattern.inside, pattern.last):
                 roles[id(eqn)] = pattern
-            for name, place in (("bias", pattern.bias), ("residual", pattern.residual)):
-                if place is not None:
-                    reads.setdefault(id(place[0]), []).append((pattern, name, place[1]))
+            for name, place in pattern.read.items():
+                reads.setdefault(id(place[0]), []).append((pattern, name, place[1]))
         held: dict[tuple[int, str], Any] = {}
 
         def rule(_context: Context, eqn: Any, values: Values) -> Values | None:
@@ -93,14 +104,14 @@ def fuse(fn: Callable[..., Any], fused: dict[str, str] | None = None) -> Callabl
             if eqn is pattern.product:
                 held[id(pattern), "product"] = values
             if eqn is pattern.last:
-                operands = {name: held.pop((id(pattern), name), None) for name in ("product", "bias", "residual")}
+                operands = {name: held.pop((id(pattern), name)) for name in ("product", *pattern.read)}
                 return [_compute(pattern, eqn, **operands)]
             if eqn is pattern.product or any(eqn is each for each in pattern.inside):
                 return [_REPLACED]
             return None
 
         names = {eqn.primitive.name for each in roles.values() for eqn in (each.product, each.last, *each.inside)}
-        names |= {each.bias[0].primitive.name for each in roles.values() if each.bias}
+        names |= {eqn.primitive.name for each in roles.values() for eqn, _ in each.read.values()}
         return dict.fromkeys(names, rule)
 
     return rewrite(fn, rules, inline=True, on_unknown="keep")
@@ -110,14 +121,24 @@ _REPLACED = object()
 """Stands for a result that only equations of a pattern read."""
 
 
-def _compute(pattern: Pattern, last: Any, product: Values, bias: Any, residual: Any) -> jax.Array:
-    rows, columns = pattern.product.outvars[0].aval.shape
+def _compute(
+    pattern: Pattern,
+    last: Any,
+    product: Values,
+    bias: Any = None,
+    residual: Any = None,
+    factor: Any = None,
+    rows: Any = None,
+) -> jax.Array:
+    count, columns = pattern.product.outvars[0].aval.shape
     epilogue = Epilogue(
         None if bias is None else jnp.reshape(bias, (columns,)),
         pattern.activation,
-        None if residual is None else jnp.reshape(residual, (rows, columns)),
+        None if residual is None else jnp.reshape(residual, (count, columns)),
     )
     *others, _, _ = product
+    if factor is not None:
+        others = integer_product.with_factor(others, jnp.reshape(rows, others[0].shape), jnp.reshape(factor, (-1,)))
     bias, residual, activation = epilogue.operands()
     params = {**pattern.product.params, "activation": activation}
     out = _KERNELS[pattern.product.primitive.name].bind(*others, bias, residual, **params)
@@ -143,6 +164,8 @@ def find(closed: Any) -> Iterator[Pattern]:
 def _match(graph: Graph, product: Any, taken: set[int]) -> Pattern | None:
     columns = product.outvars[0].aval.shape[1]
     pattern = Pattern(product, product)
+    if product.primitive is integer_product.PRIMITIVE:
+        pattern.rows, pattern.factor = _factor(graph, product) or (None, None)
     passed: list[Any] = []  # since `last`
     var = product.outvars[0]
 
@@ -179,7 +202,23 @@ def _match(graph: Graph, product: Any, taken: set[int]) -> Pattern | None:
             break
         pattern.activation, equations = activation
         var = advance(equations)
-    return pattern if pattern.last is not product else None
+    return pattern if pattern.last is not product or pattern.factor else None
+
+
+def _factor(graph: Graph, product: Any) -> tuple[tuple[Any, int], tuple[Any, int]] | None:
+    """Where an activation is read, and the factors of its columns, if it is multiplied by some before the product."""
+    atom = product.invars[0]
+    columns = atom.aval.shape[1]
+    while (maker := graph.made_by(atom)) is not None and _keeps_rows(maker, columns):
+        atom = maker.invars[0]
+    if maker is None or maker.primitive.name != "mul" or atom.aval.dtype != jnp.float32:
+        return None
+    for side in (0, 1):
+        factor = _bias(graph, maker, side, columns)
+        other = maker.invars[1 - side]
+        if factor is not None and other.aval.shape == atom.aval.shape and not isinstance(other, _compat.LITERAL):
+            return (maker, 1 - side), factor
+    return None
 
 
 def _keeps_rows(eqn: Any, columns: Any) -> bool:

@@ -155,7 +155,9 @@ def quantize(
     for path, group in groups.items():
         weight = program.weights[path]
         if path not in known or known[path][0] is not weight:
-            known[path] = weight, store_weight(group[0], weight, given.get(path, {}), path in multiplied)
+            # A row of a table is looked up as it is stored, in one piece.
+            looked_up = all(planned.site.kind == "gather" for planned in group)
+            known[path] = weight, store_weight(group[0], weight, given.get(path, {}), looked_up or path in multiplied)
         weights[path] = known[path][1]
     values: dict[Key, jax.Array] = {}
     for planned in candidates:
