@@ -109,7 +109,7 @@ def users(films: data.Films) -> loop.Plan:
 
     return loop.Plan(
         ask, score, "everybody watches the films of a festival; how often the next is among 20",
-        range(1 << 20, (1 << 20) + 60),
+        range(1 << 20, (1 << 20) + 60), patience_s=300.0,
     )  # fmt: skip
 
 
