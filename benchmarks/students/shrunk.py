@@ -15,7 +15,7 @@ from lepton_xla import train
 from students import base, digits
 from students.base import learn
 
-SEEDS, WHOLE_EPOCHS, EPOCHS = 3, 6, 5
+SEEDS, WHOLE_EPOCHS, EPOCHS = 3, 6, 10
 LEFT, ROUND_TO, RATE, TEMPERATURE = 0.3, 8, 1e-3, 2.0
 WAYS = ("labels alone", "distilled")
 

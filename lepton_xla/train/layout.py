@@ -14,7 +14,7 @@ from lepton_xla.sharding import Placement, Rules
 from lepton_xla.train.compression import Stage
 from lepton_xla.train.placing import state_shardings
 from lepton_xla.train.state import State
-from lepton_xla.train.steps import make_step
+from lepton_xla.train.steps import Metrics, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def trace_step(
     accumulate: int,
     **options: Any,
 ) -> jax.stages.Traced:
-    """Trace the training step of a stage. It donates the state.
+    """Trace the training step of a stage: `step(state, batch, arrays) -> (state, Metrics)`. It donates the state.
 
     Args:
         stage: the stage.
@@ -110,7 +110,7 @@ def trace_step(
             f"accumulate = {accumulate} does not divide the batch: {rows} rows on {pieces} pieces of the mesh; "
             f"give a multiple of {accumulate * pieces} rows"
         )
-    step = make_step(
+    unpacked = make_step(
         stage.loss,
         stage.optimizer,
         scale_optimizer=stage.scale_optimizer,
@@ -119,5 +119,10 @@ def trace_step(
         platform=platform,
         **options,
     )
+
+    def step(state: State, batch: Mapping[str, jax.Array], arrays: Any) -> tuple[State, Metrics]:
+        after, metrics = unpacked(state, batch, arrays)
+        return after, Metrics.of(metrics)
+
     shardings = None if layout.shardings is None else (layout.shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings).trace(state, batch, arrays)

@@ -30,6 +30,7 @@ from lepton_xla.train.models import Loss
 from lepton_xla.train.placing import gathered, put, put_batch
 from lepton_xla.train.preemption import Preempted, Preemption
 from lepton_xla.train.state import State
+from lepton_xla.train.steps import Metrics
 from lepton_xla.train.telemetry import Telemetry
 
 LOG = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Run:
         self._best_step: int | None = None
         self._stale = 0
         self._history: list[dict[str, float]] = []
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[Metrics] = []
         self._metrics: dict[str, float] = {}
         self._restores = 0
         self._went_back_to: int | None = None
@@ -194,6 +195,7 @@ class Run:
         self._feed.seek(about["data"])
         self._best, self._best_step, self._stale = about["best"], about["best_step"], about["stale"]
         self._history = list(about["history"])
+        self._pending.clear()
         self._compiled = None
 
     def _fresh(self, key: jax.Array) -> State:
@@ -224,9 +226,10 @@ class Run:
         self._step += 1
         self._pending.append(metrics)
         if len(self._pending) > IN_FLIGHT:
-            jax.block_until_ready(self._pending[-1 - IN_FLIGHT]["finite"])
-        if self._step % self._log_every == 0 or self._step == self._steps:
-            self._look_back()
+            jax.block_until_ready(self._pending[-1 - IN_FLIGHT])
+        # What is due is read when the device has its next step already, so that it does not wait meanwhile.
+        if len(self._pending) > 1 and (self._step - 1) % self._log_every == 0:
+            self._look_back(last=1)
 
     def _change_stage(self, batch: Mapping[str, np.ndarray]) -> None:
         """Begin the next stage of the compression: weights may be smaller, and the step is compiled anew."""
@@ -254,18 +257,19 @@ class Run:
         self._mark = (time.perf_counter(), self._step)
         return self._compiled
 
-    def _look_back(self) -> None:
-        """Read the metrics of the steps since the last look, and log their means."""
-        if not self._pending:
+    def _look_back(self, last: int = 0) -> None:
+        """Read the metrics of the steps since the last look, but of the `last` ones, and log their means."""
+        count, step = len(self._pending) - last, self._step - last
+        if count <= 0:
             return
-        read = jax.device_get(self._pending)
-        self._pending.clear()
+        read = [dict(zip(each.names, each.values, strict=True)) for each in jax.device_get(self._pending[:count])]
+        del self._pending[:count]
         bad = [index for index, each in enumerate(read) if not each["finite"]]
         good = [each for each in read if each["finite"]] or read
         means = {name: float(np.mean([each[name] for each in good])) for name in good[0] if name != "finite"}
         now, (then, since) = time.perf_counter(), self._mark
-        rate = (self._step - since) / max(now - then, 1e-9)
-        self._mark = (now, self._step)
+        rate = (step - since) / max(now - then, 1e-9)
+        self._mark = (now, step)
         self._metrics = means
         more = {"steps_per_s": rate}
         peak = peak_flops(jax.local_devices()[0].device_kind)
@@ -273,9 +277,9 @@ class Run:
             more["peak_share"] = self._flops * rate / peak
         if bad:
             more["not_finite"] = float(len(bad))
-        self._telemetry.record(self._step, means | more, kind="train")
+        self._telemetry.record(step, means | more, kind="train")
         if bad:
-            self._on_not_finite(self._step - len(read) + bad[0], read[bad[0]])
+            self._on_not_finite(step - count + bad[0], read[bad[0]])
 
     def _on_not_finite(self, step: int, metrics: Mapping[str, Any]) -> None:
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,26 @@ type Step = Callable[[State, Mapping[str, jax.Array], Any], tuple[State, dict[st
 
 # Metrics that the step itself reports; a loss may not use these names.
 OWN_METRICS = ("loss", "grad_norm", "finite")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Metrics of a step in one array, which is read at once.
+
+    Attributes:
+        names: names of the metrics.
+        values: their values, `[len(names)]`.
+    """
+
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    values: jax.Array
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, jax.Array]) -> Metrics:
+        """Pack what a step returns."""
+        names = tuple(sorted(metrics))
+        return cls(names, jnp.stack([jnp.asarray(metrics[name], float) for name in names]))
 
 
 def make_step(
