@@ -144,6 +144,17 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def test_the_report_has_each_seed_beside_float(app):
+    runs = [{"accuracy": each, "accuracy_float": 0.5, "p99_ms": 1234.5} for each in (0.25, 0.75)]
+    figures = {**runs[0], "questions": "<made up>", "strangers": "others", "questions_per_s": 10.0}
+    page = "".join(app["run"]._page(figures, runs))
+    cells = "".join(f'<td class="n">{each}</td>' for each in ("0.25", "0.75", "0.25", "0.5"))
+    assert f"<td>accuracy</td>{cells}" in page
+    assert "1,234" in page
+    assert "&lt;made up&gt;" in page
+    assert "accuracy float" not in page
+
+
 @pytest.fixture
 def page(app):
     """The page in front of `Upstream`."""

@@ -23,7 +23,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -163,8 +163,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
     print(f"service, {task.source}; strangers of {task.strangers_from}; {QUESTIONS_PER_S:g} questions/s:")
-    reports.write("service", figures, AIMS)
+    reports.write("service", figures | {"runs": runs}, AIMS, _page(figures, runs))
     return figures
+
+
+def _page(figures: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the report: what each seed gave, and what rounding to int8 changed."""
+    shown = [name for name in figures if name in runs[0] and not name.endswith("_float")]
+    rows = [
+        [
+            name.replace("_", " "), *(f"{run[name]:,.4g}" for run in (*runs, figures)),
+            f"{figures[f'{name}_float']:,.4g}" if f"{name}_float" in figures else "",
+        ]
+        for name in shown
+    ]  # fmt: skip
+    columns = ["figure", *(f"seed {seed}" for seed in range(len(runs))), "median", "median in float"]
+    said = f"{figures['questions']}; strangers of {figures['strangers']}; {figures['questions_per_s']:g} questions/s."
+    return [f"<p>{reports.escaped(said)}</p>", "<h2>As int8, served</h2>", reports.drawn_table(columns, rows)]
 
 
 if __name__ == "__main__":
