@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lepton_xla.errors import TuningError
+from lepton_xla.tuning.pacing import Pace
 
 
 class Journal:
@@ -69,9 +70,34 @@ class Journal:
         """Give a result; None if there is none."""
         return self._found.get(name)
 
-    def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Give a result that is there, or call `measure` and keep what it returns, which must be JSON."""
-        if name not in self._found:
+    def within(self, name: str, pace: Pace, measure: Callable[[], Any]) -> Any:
+        """Give a result as `once` does; if time was short for it, and there is more now, it is measured again.
+
+        What there was no time for is noted in `pace.skipped`, by the runs that take the result from here too.
+        """
+        known = self.get(name)
+
+        def measured() -> dict[str, Any]:
+            before = len(pace.skipped)
+            found = measure()
+            left_out = pace.skipped[before:]
+            del pace.skipped[before:]
+            return {"found": found, "left out": left_out, "minutes": pace.minutes}
+
+        again = known is not None and known["left out"] and known["minutes"] < pace.minutes
+        entry = self.once(name, measured, again=again)
+        pace.skipped += entry["left out"]
+        return entry["found"]
+
+    def once(self, name: str, measure: Callable[[], Any], *, again: bool = False) -> Any:
+        """Give a result that is there, or call `measure` and keep what it returns, which must be JSON.
+
+        Args:
+            name: of the result.
+            measure: makes it.
+            again: whether to measure and replace one that is there.
+        """
+        if again or name not in self._found:
             found = json.loads(json.dumps(measure()))
             self._append({"name": name, "found": found})
             self._found[name] = found

@@ -37,6 +37,11 @@ class Pace:
         self.skipped: list[str] = []
 
     @property
+    def minutes(self) -> float:
+        """The whole time."""
+        return self._whole_s / 60
+
+    @property
     def seconds(self) -> float:
         """Seconds since the beginning."""
         return self._now() - self._began

@@ -40,7 +40,7 @@ from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
 ANY_TIME = Budget()
 # Of what a journal keeps; changes with the fields of a trial.
-FORMAT = 4
+FORMAT = 5
 type Progress = Callable[[str, int, int], None]
 
 
@@ -222,10 +222,11 @@ def _estimated(
         errors = output_errors(program, groups, plans, shop.batches, stored, seed=seed, progress=say, pace=pace)
         return {"error": plain(errors), "bytes": plain(on_disk), "memory": plain(in_memory)}
 
-    scores = kept.once("scores", scored)
+    scores = kept.within("scores", pace, scored)
     unpacks = unpack == "measured"
-    times = kept.once(
+    times = kept.within(
         f"times, unpack {unpack}",
+        pace,
         lambda: [
             plain(each)
             for each in times_of_choices(
@@ -240,8 +241,6 @@ def _estimated(
             for at in shop.sizes
         ],
     )
-    # What was left out is told by later runs too, which take the scores from the journal.
-    pace.skipped[:] = kept.once(f"left out, unpack {unpack}", lambda: list(pace.skipped))
     costs: dict[str, Any] = dict(scores)
     costs |= {f"us@{index}": each for index, each in enumerate(times)}
     arrays = {kind: [np.asarray(each, np.float64) for each in found] for kind, found in costs.items()}

@@ -14,6 +14,7 @@ from lepton_xla.tuning import CHOICES, Budget, Trial, costs, searching
 from lepton_xla.tuning.candidates import Estimates
 from lepton_xla.tuning.choices import find_groups
 from lepton_xla.tuning.costs import stored_weights
+from lepton_xla.tuning.journals import Journal
 from lepton_xla.tuning.judging import Drop
 from lepton_xla.tuning.pacing import Pace, TimeUpError
 from lepton_xla.tuning.scores import output_errors
@@ -171,3 +172,22 @@ def test_a_step_may_go_a_tenth_beyond():
         pace.check(rest_s=2.0)
     assert not pace.fits("trial")
     assert math.isinf(Pace.endless()._whole_s)
+
+
+def test_what_time_was_short_for_is_measured_again_if_there_is_more(tmp_path):
+    path, calls = tmp_path / "a.jsonl", []
+
+    def run(minutes, left_out):
+        pace = Pace(minutes, Clock())
+
+        def measure():
+            calls.append(minutes)
+            pace.skip("half") if left_out else None
+            return minutes
+
+        return Journal(path, {}).within("scores", pace, measure), pace.skipped
+
+    assert run(1, True) == (1, ["half"])
+    assert run(1, True) == run(0.5, True) == (1, ["half"])  # no time for more, and it is told again
+    assert run(2, False) == run(9, True) == (2, [])
+    assert calls == [1, 2]

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import math
+import operator
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -137,7 +138,10 @@ class Timer:
         return hashlib.sha256(" ".join(names).encode()).hexdigest()[:40]
 
     def medians_us(self, calls: Sequence[Callable[[], Any]], budget_s: float = BUDGET_S) -> list[float]:
-        """Time calls in turn, so that a slow moment of the machine falls on all alike; medians over rounds.
+        """Time calls in turn, so that a slow moment of the machine falls on all alike.
+
+        The first has its median over rounds; the others have the same, times the median of their ratios to it within
+        rounds. If the first was lost, the first that was not takes its place.
 
         If calls only queue work for a device, a turn waits only for its last call: waiting for each would add the time
         to start a program, which can hide the time of the product.
@@ -172,7 +176,7 @@ def time_programs(
     timer: Timer | None = None,
     budget_s: float = BUDGET_S,
 ) -> list[float]:
-    """Time functions of weights and the same inputs in turn; return medians in microseconds.
+    """Time functions of weights and the same inputs in turn, paired as by `Timer.medians_us`; return microseconds.
 
     Args:
         functions: pairs of `fn(weights, *inputs)` and its weights; a `Candidate` is not compiled again if an equal one
@@ -240,4 +244,10 @@ def _medians_us(calls: Sequence[Callable[[], Any]], budget_s: float, *, queued: 
                     jax.block_until_ready(result)
             jax.block_until_ready(result)
             rounds[index].append((time.perf_counter() - start) / counts[index] * 1e6)
-    return [statistics.median(times or [seconds * 1e6]) for times, seconds in zip(rounds, once, strict=True)]
+    # A slow moment falls on all of a round, so ratios within rounds are steadier than medians of each.
+    paired = rounds[left[0]]
+    first_us = statistics.median(paired)
+    return [
+        first_us * statistics.median(map(operator.truediv, times, paired)) if times else seconds * 1e6
+        for times, seconds in zip(rounds, once, strict=True)
+    ]

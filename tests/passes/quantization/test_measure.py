@@ -154,6 +154,21 @@ def test_what_has_lost_is_timed_no_further(monkeypatch, seconds, times):
     assert counts == {1: 9, 2: 9, 4: times}
 
 
+def test_times_are_paired_within_rounds(monkeypatch):
+    """The machine is three times slower for four rounds; in the fourth no more when the second call has its turn."""
+    monkeypatch.setattr(timing, "ROUNDS", 7)
+    now, calls, slow = [0.0], {1.0: 0, 0.9: 0}, {1.0: 4, 0.9: 3}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(share):
+        calls[share] += 1
+        now[0] += share * (3.0 if 2 < calls[share] <= 2 + slow[share] else 1.0)  # after two that are no round
+        return jnp.zeros(())
+
+    one, other = Timer().medians_us([functools.partial(call, share) for share in calls], 1000.0)
+    np.testing.assert_allclose([one, other / one], [3e6, 0.9], rtol=1e-6)  # medians of each say 0.3
+
+
 def test_equal_programs_are_timed_once(monkeypatch):
     monkeypatch.setattr(Timer, "medians_us", lambda _timer, calls, _budget: [1.0 + k for k, _ in enumerate(calls)])
     functions = [(lambda w, x, k=k: w * x * k, jnp.ones(2)) for k in (2, 3, 2, 3, 5)]
