@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ class Pattern:
     @property
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes of the kernel's operands."""
-        rows = self.last.outvars[0].aval.size // self.width
+        rows = math.prod(self.last.outvars[0].aval.shape[:-1])
         sizes = (rows, self.width), *((0 if each is None else self.width,) for each in (self.gain, self.shift))
         return tuple(jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes)
 
@@ -80,7 +81,7 @@ class Pattern:
 
     def compute(self, x: jax.Array, gain: jax.Array | None, shift: jax.Array | None) -> jax.Array:
         """The result, of the operands as the jaxpr has them."""
-        rows = jnp.reshape(x, (-1 if x.size == 0 else x.size // self.width, self.width))
+        rows = jnp.reshape(x, (math.prod(x.shape[:-1]), self.width))
         vectors = [None if each is None else jnp.reshape(each, (self.width,)) for each in (gain, shift)]
         out = norm.normalize(rows, *vectors, epsilon=self.epsilon, centered=self.centered)
         return jnp.reshape(out, self.last.outvars[0].aval.shape)
