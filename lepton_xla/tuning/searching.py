@@ -374,11 +374,14 @@ class _Search:
 
         def train() -> Program:
             say("train")
-            began = self._pace.seconds
+            first: list[float] = []
 
             def at(share: float) -> None:
-                gone = self._pace.seconds - began
-                self._pace.check(reserve_s=self._reserve_s, rest_s=gone / share - gone)
+                first.extend([] if first else [share, self._pace.seconds])
+                # What came before the first look has compiling in it, so it says nothing of the rest.
+                done, began = first
+                rest = (self._pace.seconds - began) / (share - done) * (1 - share) if share > done else 0.0
+                self._pace.check(reserve_s=self._reserve_s, rest_s=rest)
 
             return trainer.train(recipe, settings, check, at)
 

@@ -105,9 +105,10 @@ def test_time_is_left_to_build_the_best_again(paced, clock):
 
 def test_a_training_that_would_not_end_is_given_up_early(paced, clock, monkeypatch):
     pytest.importorskip("optuna")
-    seen = []
+    seen, compiling = [], 0.0
 
     def train(self, recipe, settings, check, at):
+        clock.now += compiling
         for share in (0.125, 0.25, 1.0):
             clock.now += 100 * share
             seen.append(share)
@@ -126,6 +127,10 @@ def test_a_training_that_would_not_end_is_given_up_early(paced, clock, monkeypat
     assert seen == [0.125, 0.25]  # 37.5 s for a quarter: 150 s would end beyond 11 minutes
     assert not any(trial.training for trial in tuned.trials)
     assert "9 of 9 trainings" in tuned.skipped
+    clock.now, compiling = 0.0, 200.0
+    tuned, _ = paced([10.0, 20.0], **{**given, "budget": Budget(MINUTES, trials=1, trainings=1)})
+    assert clock.now == 10 + 200 + 137.5 + 20  # compiling is not taken for steps, of which an eighth would be 212 s
+    assert any(trial.training for trial in tuned.trials)
 
 
 def test_scoring_stops_in_time():
