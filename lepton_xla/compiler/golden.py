@@ -11,7 +11,7 @@ import numpy as np
 
 from lepton_xla.compiler.elements import from_words, to_words, words_of
 from lepton_xla.compiler.manifest import GoldenEntry, Tensor
-from lepton_xla.dtypes import is_floating, is_inexact
+from lepton_xla.dtypes import classes_of, is_floating, is_inexact
 from lepton_xla.errors import ArtifactError, CompileError
 from lepton_xla.program import TensorSpec
 
@@ -190,7 +190,7 @@ class Golden:
             return None
         answers = predict(**self.inputs)
         judged = np.asarray(answers[_judged(answers)])
-        return float((judged.argmax(axis=1) == self.label).mean())
+        return float((classes_of(judged) == self.label).mean())
 
 
 def _judged(answers: Mapping[str, np.ndarray]) -> str:

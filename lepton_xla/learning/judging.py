@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from lepton_xla.dtypes import classes_of
 from lepton_xla.errors import LearningError
 from lepton_xla.evaluation.intervals import sign_test
 from lepton_xla.modelspec import Predict, figures_of
@@ -69,7 +70,7 @@ def judge(
     >>> verdict.better, verdict.accuracy_before, verdict.accuracy
     (True, 0.0, 1.0)
     """
-    right = [np.asarray(predict(**inputs)[output]).argmax(-1) == labels for predict in (before, after)]
+    right = [classes_of(np.asarray(predict(**inputs)[output])) == labels for predict in (before, after)]
     gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
     chance = sign_test(gained, lost)
     old_before, old = (figures_of(evaluate(each), LearningError) for each in (before, after))

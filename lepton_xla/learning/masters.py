@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from lepton_xla.errors import LearningError, first_line
 from lepton_xla.folders import flush
 
 _DTYPES = "__dtypes__"
+_DAMAGED = (zipfile.BadZipFile, zlib.error)
 
 
 def write_master(path: pathlib.Path, weights: Mapping[str, Any]) -> None:
@@ -57,7 +59,8 @@ def read_master(path: pathlib.Path) -> dict[str, np.ndarray]:
             return {
                 name: found[f"w:{name}"].view(jnp.dtype(dtype)).reshape(shape) for name, (dtype, shape) in told.items()
             }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    # A wrong bit may also say that the archive is encrypted, or compressed in a way that Python does not know.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, *_DAMAGED) as error:
         raise LearningError(
             f"{path} is damaged ({first_line(error)}): remove the learner's folder to begin with the model's own "
             "weights"

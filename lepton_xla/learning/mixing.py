@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lepton_xla.dtypes import classes_of
 from lepton_xla.errors import LearningError
 from lepton_xla.learning.labelled import Labelled
 from lepton_xla.train.feeding import Data, Feed
@@ -65,7 +66,7 @@ class OldData:
         if not len(self.judges[self.label]):
             return 1.0
         answers = predict(**{name: array for name, array in self.judges.items() if name != self.label})[output]
-        return float((np.asarray(answers).argmax(-1) == self.judges[self.label]).mean())
+        return float((classes_of(np.asarray(answers)) == self.judges[self.label]).mean())
 
 
 class Mixture:

@@ -62,15 +62,17 @@ class LearningPlan:
             ("confidence", 0, 0.999999, self.confidence),
             ("rollout_s", 0, math.inf, self.rollout_s),
         ):
-            if not low < given <= high:
+            if not _is_number(given) or not low < given <= high:
                 limit = "" if high == math.inf else f" and at most {high:g}"
                 raise LearningError(f"learning: {name} = {given!r}; expected above {low}{limit}")
-        if not self.max_drop >= 0:
+        if not _is_number(self.max_drop) or not self.max_drop >= 0:
             raise LearningError(f"learning: max_drop = {self.max_drop!r}; expected at least 0")
         for name in ("steps", "least_rows", "least_held_out", "most_rows", "old_rows"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LearningError(f"learning: {name} = {value!r}; expected at least 1")
+            if value is not None and (not _is_whole(value) or value < 1):
+                raise LearningError(f"learning: {name} = {value!r}; expected a whole number of at least 1")
+        if not _is_whole(self.seed) or self.seed < 0:
+            raise LearningError(f"learning: seed = {self.seed!r}; expected a whole number of at least 0")
 
     def rollout(self, version: str) -> dict[str, Any]:
         """The rollout to ask the server for.
@@ -83,3 +85,11 @@ class LearningPlan:
         return {"version": version, "most_s": self.rollout_s} | {
             name: value for name, value in given.items() if value is not None
         }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lepton_xla.dtypes import classes_of
 from lepton_xla.samples import Sample
 
 
@@ -44,7 +45,7 @@ def accuracy_over_time(samples: Iterable[Sample], output: str, windows: int = 24
         answers = sample.outputs.get(output)
         if sample.labels is None or answers is None or output in sample.hashed or answers.ndim != 2:
             continue
-        right = int((answers.argmax(axis=1) == list(sample.labels)).sum())
+        right = int((classes_of(answers) == list(sample.labels)).sum())
         judged.append((sample.time_s, right, len(sample.labels), sample.version))
     each = -(-len(judged) // max(1, windows))
     found: list[Window] = []

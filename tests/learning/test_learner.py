@@ -1,12 +1,14 @@
 """One round of learning on files: what is trained, judged, refused, and what a bad input says."""
 
+import math
+
 import learning_model
 import numpy as np
 import pytest
 
 import lepton_xla as lx
 from lepton_xla.learning import Learner, LearningPlan
-from lepton_xla.learning.masters import read_master
+from lepton_xla.learning.masters import read_master, write_master
 
 PLAN = LearningPlan(steps=100, least_rows=100, least_held_out=20)
 
@@ -172,6 +174,29 @@ def test_a_folder_that_cannot_be_written(bases, sampled, tmp_path):
     (tmp_path / "learning").write_text("")
     with pytest.raises(lx.LearningError, match="cannot be written"):
         learn(bases, sampled, tmp_path)
+
+
+@pytest.mark.parametrize(("at", "value"), [(8, 0x01), (10, 99), (6, 0xFF)])
+def test_a_master_whose_archive_says_that_it_is_encrypted_or_packed_otherwise_is_damaged(tmp_path, at, value):
+    path = tmp_path / "master.npz"
+    write_master(path, {"w": np.zeros(2, np.float32)})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + at] = value
+    path.write_bytes(data)
+    with pytest.raises(lx.LearningError, match="is damaged"):
+        read_master(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"least_rows": math.nan}, {"steps": 2.5}, {"most_rows": True}, {"confidence": "0.9"}, {"max_drop": None},
+        {"seed": -1}, {"fresh": math.nan}, {"old_rows": 0},
+    ],
+)  # fmt: skip
+def test_a_plan_of_the_wrong_type_or_out_of_range_is_refused_by_name(wrong):
+    with pytest.raises(lx.LearningError, match=next(iter(wrong))):
+        LearningPlan(**wrong)
 
 
 def test_a_damaged_master_is_named(tmp_path):

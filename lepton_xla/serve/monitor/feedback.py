@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lepton_xla.dtypes import classes_of
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.protocol.monitoring import MAX_ID
 
@@ -154,7 +155,7 @@ class Feedback:
         if not held:
             return
         kept = b"".join([answer for _, answer in held.values()])
-        answers = np.frombuffer(kept, self._dtype).reshape(-1, self._classes).argmax(axis=1).tolist()
+        answers = classes_of(np.frombuffer(kept, self._dtype).reshape(-1, self._classes)).tolist()
         self._count([label for right, _ in held.values() for label in right], answers)
         at = 0
         for request_id, (right, answer) in held.items():
@@ -189,6 +190,8 @@ class Feedback:
             else:
                 self.wrong += rows
             for value, place in ((label, 1), (answer, 2)):
+                if value < 0:
+                    continue  # no class was answered
                 name = str(value)
                 if name in self.labels or len(self.labels) < _MOST_LABELS:
                     counts = self.labels.setdefault(name, [0, 0, 0])

@@ -223,6 +223,10 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     stage_s: float = 0.0
     decisions: tuple[Decision, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.stage < len(self.plan.stages):
+            raise ValueError(f"a rollout of {len(self.plan.stages)} stages has no stage {self.stage}, counted from 0")
+
     @property
     def running(self) -> bool:
         """Whether it goes on."""

@@ -104,6 +104,6 @@ def surely_best(estimates: Mapping[str, Estimate]) -> str | None:
     for arm, each in known.items():
         # No error at all is that of a few rows which were all alike.
         error = math.hypot(max(known[best].error, 1 / known[best].rows), max(each.error, 1 / each.rows))
-        if arm != best and known[best].value - each.value <= errors_apart * error:
+        if arm != best and not known[best].value - each.value > errors_apart * error:  # nor where one is no number
             return None
     return best

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from lepton_xla.errors import RepositoryError
+from lepton_xla.errors import LeptonError, RepositoryError
 from lepton_xla.profiles import Profile
 from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.manager import Entry
@@ -125,7 +125,7 @@ class Director:
         for name, known in models.items():
             try:
                 await self._look(name, known)
-            except (RepositoryError, OSError) as error:
+            except (LeptonError, OSError) as error:
                 _log.error("the rollout of model %s cannot be carried out now: %s", name, error)
 
     async def revoke(self, name: str, version: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypedDict, cast
 
 import msgspec
 
@@ -20,6 +20,31 @@ _KEPT = ("request_s", "failures", "rejected", "expired", "feedback", "shadow")
 _LOOKED_AT = (*_KEPT, "sketch")
 
 
+# JSON has no other numbers, and a count is exact up to here.
+type _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)] | Annotated[float, msgspec.Meta(ge=0, le=2**53)]
+type _Sum = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Judged(TypedDict, total=False):
+    """Counters of feedback, see `Feedback.counts`."""
+
+    right: _Count
+    wrong: _Count
+    weighted: Annotated[list[_Sum], msgspec.Meta(min_length=5, max_length=5)]
+    labels: dict[str, Annotated[list[_Count], msgspec.Meta(min_length=3, max_length=3)]]
+
+
+class Kept(TypedDict, total=False):
+    """Counters as they are kept."""
+
+    request_s: list[_Sum]
+    failures: _Count
+    rejected: _Count
+    expired: _Count
+    feedback: _Judged
+    shadow: dict[str, _Count]
+
+
 class Saved(msgspec.Struct, frozen=True):
     """Evidence on the disk.
 
@@ -33,7 +58,7 @@ class Saved(msgspec.Struct, frozen=True):
     started_s: float
     stage: int
     before: float
-    counts: dict[str, dict[str, Any]] = {}
+    counts: dict[str, Kept] = {}
 
 
 def read_evidence(repository: Repository, name: str) -> Saved | None:
@@ -82,19 +107,27 @@ class Tally:
         if self._base is None:
             self._base = counts
         elif _total(counts) < _total(self._last):
-            self._carried, self._base = added(self._carried, difference(self._last, self._base)), {}
+            self._carried, self._base = self._joined(difference(self._last, self._base)), {}
         self._last = counts
-        self.last = added(self._carried, difference(counts, self._base))
+        self.last = self._joined(difference(counts, self._base))
         return self.last
+
+    def _joined(self, counts: Counts) -> dict[str, Any]:
+        """What was carried, and more; only that where a server of another version has counted into other bins."""
+        try:
+            return added(self._carried, counts)
+        except ValueError:
+            self._carried = {}
+            return dict(counts)
 
     def look(self, now_s: float, counts: Counts) -> None:
         """Adds what was counted by now to the history."""
         queued = {"queue_rows": counts.get("now", {}).get("queue_rows", 0)}
         self.history.add(now_s, {**self.grown(counts), "now": queued})
 
-    def kept(self) -> dict[str, Any]:
+    def kept(self) -> Kept:
         """What is kept on the disk."""
-        return {name: self.last[name] for name in _KEPT if name in self.last}
+        return cast("Kept", {name: self.last[name] for name in _KEPT if name in self.last})
 
 
 def answers(counts: Counts) -> float:

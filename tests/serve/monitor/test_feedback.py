@@ -31,6 +31,13 @@ def test_a_confusion_by_hand(feedback):
     assert feedback.labels == {"0": [1, 1, 1], "1": [1, 2, 2], "2": [1, 2, 1], "3": [0, 0, 1]}
 
 
+def test_an_answer_that_is_no_number_is_wrong_whatever_the_label(feedback):
+    feedback.remember("a", np.float32([[np.nan] * 4, [0, 1, np.nan, 0]]).tobytes())
+    assert feedback.judge({"a": [0, 2]}) == 2
+    assert (feedback.right, feedback.wrong) == (0, 2)
+    assert feedback.labels == {"0": [0, 1, 0], "2": [0, 1, 0]}
+
+
 @pytest.mark.parametrize(
     ("labels", "status"),
     [({"b": [0]}, 404), ({"a": [0, 1]}, 400), ({"a": [4]}, 400), ({"a": [0], "b": [0]}, 404)],

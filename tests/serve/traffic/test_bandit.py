@@ -110,6 +110,7 @@ def test_who_is_surely_the_best():
     assert surely_best({"1": Estimate(0.94, 0.004, 5000), "2": good}) is None
     assert surely_best({"1": Estimate(math.nan, math.inf, 0.0), "2": good}) is None
     assert surely_best({"1": Estimate(0.0, 0.0, 3), "2": Estimate(1.0, 0.0, 3)}) is None
+    assert surely_best({"1": Estimate(math.nan, math.nan, 5000), "2": good}) is None
     assert surely_best({}) is None
 
 

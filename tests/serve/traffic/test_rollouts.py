@@ -200,6 +200,35 @@ def test_a_process_that_takes_over_goes_on_with_the_same_evidence(simulate):
     assert sum(kept["counts"]["2"]["request_s"][:-1]) >= 1000
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"request_s": "many"}, {"request_s": [1, 2]}, {"failures": -1}, {"feedback": None}, {"shadow": {"same": []}},
+        {"feedback": {"right": 5, "weighted": [1]}}, {"feedback": {"labels": {"0": [1]}}}, {"failures": 1e300},
+    ],
+)  # fmt: skip
+def test_evidence_that_is_damaged_or_of_other_bins_does_not_hold_a_rollout_up(simulate, counts):
+    subject = simulate(stages=(Stage(share=0.5, answers=10),), promote=())
+    saved = {"started_s": subject.rollout.started_s, "stage": 0, "before": 0.0, "counts": {"1": counts, "2": counts}}
+    (subject.repository.root / "m" / ".evidence.json").write_text(json.dumps(saved))
+    assert subject.run(5) == "promoted"
+
+
+def test_a_rollout_in_a_stage_that_it_does_not_have_is_a_damaged_file(simulate):
+    subject = simulate()
+    path = subject.repository.root / "m" / "traffic.json"
+    path.write_text(path.read_text().replace('"stage": 0', '"stage": 7'))
+    assert "no stage 7" in subject.repository.find("m").problem
+
+
+def test_a_rule_on_the_disk_that_does_not_parse_stops_no_other_model(simulate, caplog):
+    subject = simulate(rollback=("errors > 0.5",))
+    path = subject.repository.root / "m" / "traffic.json"
+    path.write_text(path.read_text().replace("errors > 0.5", "errors >"))
+    subject.look()
+    assert "errors >" in caplog.text
+
+
 def test_counters_that_begin_anew_within_a_process():
     tally = Tally()
     for right, expected in ((5, 0), (8, 3), (2, 5), (4, 7)):
