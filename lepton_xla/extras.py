@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from types import TracebackType
 
-from lepton_xla.errors import MissingPackageError
+from lepton_xla.errors import MissingPackageError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,11 @@ class Needs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.startswith("lepton_xla"):
+        if not isinstance(error, ImportError) or not error.name or error.name.startswith("lepton_xla"):
             return
         package = error.name.partition(".")[0]
+        # One that is there, but is too old or broken, says why.
+        why = "" if isinstance(error, ModuleNotFoundError) else f" ({first_line(error)})"
         raise MissingPackageError(
-            f"{self.what} needs the package {package}: pip install 'lepton-xla[{self.extra}]'", name=error.name
+            f"{self.what} needs the package {package}: pip install 'lepton-xla[{self.extra}]'{why}", name=error.name
         ) from error

@@ -216,3 +216,6 @@ def test_a_module_of_this_package_that_is_missing_is_a_bug_and_not_an_extra():
         importlib.import_module("no_such_package.inside")
     assert isinstance(caught.value, ImportError)
     assert str(caught.value) == "lx.train needs the package no_such_package: pip install 'lepton-xla[train]'"
+    with pytest.raises(lx.MissingPackageError) as caught, Needs("plot", "--plot"):
+        from json import no_such_name  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
+    assert str(caught.value).startswith("--plot needs the package json: pip install 'lepton-xla[plot]' (cannot import")

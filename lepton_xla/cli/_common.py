@@ -19,6 +19,7 @@ import click
 from lepton_xla.cli.tables import Table, printable
 from lepton_xla.cli.tables import show as show
 from lepton_xla.errors import ArtifactError, CompileError, LeptonError, first_line
+from lepton_xla.extras import Needs
 from lepton_xla.tables import short as short
 from lepton_xla.tables import size as size
 
@@ -218,12 +219,10 @@ def figure() -> Any:
     """Create an empty matplotlib figure. Called before anything is measured, so that a missing matplotlib fails early.
 
     Raises:
-        LeptonError: if matplotlib is not installed.
+        MissingPackageError: if matplotlib is not installed.
     """
-    try:
+    with Needs("plot", "--plot"):
         return importlib.import_module("matplotlib.figure").Figure()
-    except ImportError as error:
-        raise LeptonError(f"--plot needs matplotlib: pip install 'lepton-xla[plot]' ({error})") from error
 
 
 type Step = Callable[..., None]

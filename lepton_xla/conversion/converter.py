@@ -24,7 +24,8 @@ class Converter:
         shapes: of the model's inputs, by name; names in them are dimensions that vary.
 
     Raises:
-        ArtifactError: if a tokenizer cannot be read, or a package is missing.
+        ArtifactError: if a tokenizer cannot be read.
+        MissingPackageError: if a package is missing.
 
     >>> from lepton_xla.conversion import Categories, Conversion, Converter
     >>> colors = Categories(vocabulary=("red", "blue"), index="color.index")

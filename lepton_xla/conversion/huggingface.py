@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lepton_xla.errors import ArtifactError, InputError
+from lepton_xla.extras import Needs
 
 MAX_TOKENIZER_BYTES = 64 << 20
 
@@ -20,18 +21,15 @@ class HuggingFace:
         truncate: whether longer texts are cut to this length, special tokens kept.
 
     Raises:
-        ArtifactError: if it cannot be read, or the package is missing.
+        ArtifactError: if it cannot be read.
+        MissingPackageError: if the package tokenizers is missing.
     """
 
     def __init__(self, data: bytes, length: int | None = None, *, truncate: bool = False) -> None:
         if len(data) > MAX_TOKENIZER_BYTES:
             raise ArtifactError(f"the tokenizer has {len(data)} bytes, more than {MAX_TOKENIZER_BYTES}")
-        try:
+        with Needs("text", "a model with a tokenizer"):
             tokenizers: Any = importlib.import_module("tokenizers")
-        except ImportError as error:
-            raise ArtifactError(
-                "the model has a tokenizer, which the package tokenizers reads: pip install lepton-xla[text]"
-            ) from error
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(data.decode())
             if length is not None:

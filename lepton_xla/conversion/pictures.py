@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.conversion.steps import Images
-from lepton_xla.errors import ArtifactError, InputError
+from lepton_xla.errors import InputError
+from lepton_xla.extras import Needs
 
 _WHITE = 255
 
@@ -27,17 +28,13 @@ class Decoder:
         step: what to make of them.
 
     Raises:
-        ArtifactError: if the package is missing.
+        MissingPackageError: if the package Pillow is missing.
     """
 
     def __init__(self, step: Images) -> None:
-        try:
+        with Needs("image", "a model that takes images"):
             self._image: Any = importlib.import_module("PIL.Image")
             self._ops: Any = importlib.import_module("PIL.ImageOps")
-        except ImportError as error:
-            raise ArtifactError(
-                "the model takes images, which the package Pillow decodes: pip install lepton-xla[image]"
-            ) from error
         self._step = step
         self._bomb = (self._image.DecompressionBombError, self._image.DecompressionBombWarning)
 

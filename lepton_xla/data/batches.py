@@ -10,6 +10,7 @@ import numpy as np
 
 from lepton_xla.data.rows import Rows, columns_of
 from lepton_xla.errors import TrainingError
+from lepton_xla.extras import Needs
 
 type Augment = Callable[[np.random.Generator, dict[str, np.ndarray]], dict[str, np.ndarray]]
 """`augment(random, batch) -> batch`; the generator is that of the step."""
@@ -30,7 +31,8 @@ def batches(
         augment: changes a batch.
 
     Raises:
-        TrainingError: if Grain is missing, or there are fewer rows than a batch has.
+        TrainingError: if there are fewer rows than a batch has.
+        MissingPackageError: if Grain is missing.
         InputError: if columns have other numbers of rows; names one.
 
     >>> from lepton_xla.data import batches
@@ -38,10 +40,8 @@ def batches(
     >>> sorted([*batch(0)["x"].tolist(), *batch(1)["x"].tolist()]), batch(0)["x"].tolist() == batch(0)["x"].tolist()
     ([0, 1, 2, 3], True)
     """
-    try:
+    with Needs("train", "lx.data.batches"):
         grain: Any = importlib.import_module("grain")
-    except ImportError as error:
-        raise TrainingError("batches are made by the package grain: pip install lepton-xla[train]") from error
     columns = columns_of(rows)
     count = len(next(iter(columns.values()), ()))
     if not 0 < size <= count:

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from lepton_xla.errors import FederatedError
+from lepton_xla.extras import Needs
 from lepton_xla.federated.local_rounds import private_steps
 from lepton_xla.federated.settings import Federation, Privacy
 
@@ -109,11 +110,7 @@ def _event(dp: Any, share: float, noise: float) -> Any:
 
 
 def _library() -> Any:
-    try:
+    with Needs("federated", "accounting for privacy"):
         for name in ("pld", "rdp"):
             importlib.import_module(f"dp_accounting.{name}")
         return importlib.import_module("dp_accounting")
-    except ImportError as error:
-        raise FederatedError(
-            f"privacy is accounted for by the package dp-accounting: pip install 'lepton-xla[federated]' ({error})"
-        ) from error

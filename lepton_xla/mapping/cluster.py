@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lepton_xla.errors import ExecutionError, InputError, LeptonError
+from lepton_xla.errors import ExecutionError, InputError
+from lepton_xla.extras import Needs
 from lepton_xla.mapping.pool import TRIES
 from lepton_xla.mapping.work import Work
 
@@ -30,13 +31,11 @@ def run_on_ray(work: Work, parts: Sequence[int], processes: int, tell: Callable[
     Raises:
         InputError: for rows that do not fit the model.
         ExecutionError: if a part fails again and again.
-        LeptonError: if Ray is not installed.
+        MissingPackageError: if Ray is not installed.
     """
-    try:
+    with Needs("ray", "--ray"):
         ray = importlib.import_module("ray")
         data = importlib.import_module("ray.data")
-    except ImportError as error:
-        raise LeptonError(f"--ray needs Ray Data: pip install 'lepton-xla[ray]' ({error})") from error
     with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of actors that died
         is_ours = not ray.is_initialized()
         if is_ours:

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from lepton_xla.errors import InputError, LeptonError
+from lepton_xla.errors import InputError
+from lepton_xla.extras import Needs
 
 _LONGEST_LINE = 256 << 20
 
@@ -309,10 +310,8 @@ def arrow() -> Any:
     """PyArrow with its Parquet part.
 
     Raises:
-        LeptonError: if it is not installed.
+        MissingPackageError: if it is not installed.
     """
-    try:
+    with Needs("parquet", ".parquet"):
         importlib.import_module("pyarrow.parquet")
         return importlib.import_module("pyarrow")
-    except ImportError as error:
-        raise LeptonError(f".parquet needs pyarrow: pip install 'lepton-xla[parquet]' ({error})") from error

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import msgspec
 
 from lepton_xla.errors import ServeError
+from lepton_xla.extras import Needs
 from lepton_xla.serve.client.async_client import PooledChannel
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.client.transport import Answer, RequestError, connected
@@ -53,7 +54,8 @@ def application(args: Mapping[str, Any]) -> Any:
     """Make the application; see `Settings` for its arguments.
 
     Raises:
-        ServeError: for arguments that it does not take, or if Ray Serve is not installed.
+        ServeError: for arguments that it does not take.
+        MissingPackageError: if Ray Serve is not installed.
 
     >>> application({"artefact": "digits.lepton"})
     Traceback (most recent call last):
@@ -64,10 +66,8 @@ def application(args: Mapping[str, Any]) -> Any:
         settings = msgspec.convert(dict(args), Settings, strict=False)
     except msgspec.ValidationError as error:
         raise ServeError(f"the Ray application's arguments: {error}") from error
-    try:
+    with Needs("ray", "a Ray application"):
         serve = importlib.import_module("ray.serve")
-    except ImportError as error:
-        raise ServeError(f"a Ray application needs Ray Serve: pip install 'lepton-xla[ray]' ({error})") from error
     deployment = serve.deployment(
         name="lepton",
         num_replicas=settings.replicas,

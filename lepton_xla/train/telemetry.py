@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import msgspec
 
 from lepton_xla.errors import TrainingError
+from lepton_xla.extras import Needs
 
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class Telemetry:
             progress: whether to show progress on stderr; None: only on a terminal.
 
         Raises:
-            TrainingError: if a file cannot be written, or `tensorboardX` is not installed.
+            TrainingError: if a file cannot be written.
+            MissingPackageError: if `tensorboardX` is not installed.
         """
         self._total = total
         self._file: TextIO | None = None
@@ -116,10 +118,6 @@ class Telemetry:
 
 
 def _events(folder: str | pathlib.Path) -> Any:
-    try:
+    with Needs("tensorboard", "tensorboard = ..."):
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise TrainingError(
-            "tensorboard = ... needs the package tensorboardX: pip install 'lepton-xla[tensorboard]'"
-        ) from None
     return SummaryWriter(str(folder))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lepton_xla.errors import TrustError
+from lepton_xla.extras import Needs
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -299,7 +300,5 @@ def _create(path: Path, data: bytes, mode: int) -> None:
 
 
 def _require() -> None:
-    try:
+    with Needs("trust", "a key"):
         importlib.import_module("cryptography.hazmat.primitives.hpke")  # of version 47
-    except ImportError as error:
-        raise TrustError(f"keys need cryptography: pip install 'lepton-xla[trust]' ({error})") from error

@@ -102,7 +102,8 @@ def tune(
 
     Raises:
         TuningError: if constraints contradict each other, `evaluate` fails, gives NaN or is random, there are too few
-            rows to judge the drop, the journal is of another model, or Optuna is missing.
+            rows to judge the drop, or the journal is of another model.
+        MissingPackageError: if Optuna is missing, with `train`.
         CalibrationError: if there is no data, or it cannot be used.
         RecipeError: if a preset does not exist.
         ExecutionError: if XLA cannot compile or run what is estimated; a candidate that it cannot is a failed trial.

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lepton_xla.errors import TuningError, first_line
+from lepton_xla.extras import Needs
 from lepton_xla.tuning.constraints import Constraints, Objective
 from lepton_xla.tuning.trials import StoppedError, Trial
 
@@ -197,12 +198,10 @@ def imported_optuna() -> Any:
     """Import Optuna.
 
     Raises:
-        TuningError: if it is missing; says how to install it.
+        MissingPackageError: if it is missing; says how to install it.
     """
-    try:
+    with Needs("tune", "training candidates"):
         return importlib.import_module("optuna")
-    except ImportError as error:
-        raise TuningError(f"training candidates needs Optuna: pip install 'lepton-xla[tune]' ({error})") from error
 
 
 def is_hopeless(drop: float, others: Sequence[float], allowed: float) -> bool:

@@ -80,7 +80,7 @@ def test_a_plot_without_its_library(cli, plain, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = cli.refused("sensitivity", plain, "--plot", tmp_path / "a.png")
-    assert "--plot needs matplotlib: pip install 'lepton-xla[plot]'" in line
+    assert "--plot needs the package matplotlib: pip install 'lepton-xla[plot]'" in line
 
 
 def test_a_plot_has_a_bar_a_weight(document, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.errors import FederatedError, first_line
+from lepton_xla.extras import Needs
 from lepton_xla.federated.members import Answer
 
 _TASK, _UPDATE, _NUMBERS, _REFUSED = "task", "update", "numbers", "refused"
@@ -21,20 +22,15 @@ def flower(module: str) -> Any:
     """A module of Flower.
 
     Raises:
-        FederatedError: if Flower is not installed.
+        MissingPackageError: if Flower is not installed.
 
     >>> flower("no_such_module")
     Traceback (most recent call last):
-    lepton_xla.errors.FederatedError: federations run on Flower: pip install 'lepton-xla[federated]' (...)
+    lepton_xla.errors.MissingPackageError: a federation needs the package flwr: pip install 'lepton-xla[federated]'
     """
-    try:
-        with warnings.catch_warnings():  # of its dependencies about each other
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return importlib.import_module(f"flwr.{module}")
-    except ImportError as error:
-        raise FederatedError(
-            f"federations run on Flower: pip install 'lepton-xla[federated]' ({first_line(error)})"
-        ) from error
+    with Needs("federated", "a federation"), warnings.catch_warnings():  # of its dependencies about each other
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"flwr.{module}")
 
 
 def write_task(vector: np.ndarray, task: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lepton_xla.arguments import takes
 from lepton_xla.errors import LeptonError, ModelError, RecipeError, UnsupportedError
+from lepton_xla.extras import Needs
 from lepton_xla.passes.shrinking.dependencies import Study
 from lepton_xla.passes.shrinking.dimensions import (
     Dimension,
@@ -174,12 +175,11 @@ class Groups:
             path: the file to write; its suffix selects the format (`.svg`, `.png`, `.pdf`).
 
         Raises:
-            LeptonError: if matplotlib is not installed, or the file cannot be written.
+            MissingPackageError: if matplotlib is not installed.
+            LeptonError: if the file cannot be written.
         """
-        try:
+        with Needs("plot", "drawing"):
             figure = importlib.import_module("matplotlib.figure").Figure()
-        except ImportError as error:
-            raise LeptonError(f"drawing needs matplotlib: pip install 'lepton-xla[plot]' ({error})") from error
         rows = {name: k for k, name in enumerate(dict.fromkeys(path for group in self.items for path in group.paths))}
         figure.set_size_inches(4 + 0.3 * len(self.items), 3 + 0.22 * len(rows))
         axes = figure.add_subplot()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_xla.errors import ServeError
+from lepton_xla.extras import Needs
 from lepton_xla.profiles import Profile
 
 STREAMS = ("accuracy", "confidence")
@@ -28,17 +28,15 @@ class Falls:
         streams: which, of `STREAMS`.
 
     Raises:
-        ServeError: without the package.
+        MissingPackageError: without the package.
 
     Source:
         Bifet and Gavaldà, "Learning from time-changing data with adaptive windowing", 2007.
     """
 
     def __init__(self, streams: Iterable[str]) -> None:
-        try:
+        with Needs("drift", "the quantity falls"):
             drift: Any = importlib.import_module("river.drift")
-        except ImportError as error:
-            raise ServeError(f"the quantity falls needs river: pip install 'lepton-xla[drift]' ({error})") from error
         self._new = drift.ADWIN
         self._windows = {name: self._new() for name in streams}
         self._seen: dict[str, tuple[str, list[int]]] = {}
