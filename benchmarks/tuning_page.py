@@ -1,4 +1,4 @@
-"""The page of `tuning.py` and `searches.py`: docs/benchmarks/tuning.md."""
+"""The page of `tuning.py`, `searches.py` and `predicting.py`: docs/benchmarks/tuning.md."""
 
 from __future__ import annotations
 
@@ -133,6 +133,15 @@ def page(results: Mapping[str, Any]) -> str:
             f"settings, by seed, {each}."
         )
         parts += ["## Searches of training settings", said, harness.provenance(searches["run"])]
+    if predicted := results.get("predicted"):
+        said = (
+            "An MLP of 784-512-10 in float32: microseconds of a call as the TPU's compiler predicts them "
+            "(`optimal_seconds`), with which `leptonx tune --slo` compares targets. No TPU was there, so how far off "
+            "they are is not known."
+        )
+        head = ["target", "rows of a call", "predicted, us"]
+        parts += ["## Predictions for TPUs", said, harness.markdown(head, predicted["rows"])]
+        parts.append(harness.provenance(predicted["run"]))
     return "\n\n".join(parts) + "\n"
 
 
