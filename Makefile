@@ -101,8 +101,8 @@ build/release-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
 
 release: build/release-venv/.ready  ## wheel, source distribution, and a bill of materials (CycloneDX), in dist/
 	rm -rf dist
-	$(UV) build --quiet --out-dir dist
-	$(UV) tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml \
+	$(UV) build --quiet --python build/release-venv/bin/python --out-dir dist
+	$(UV) tool run --quiet --python build/release-venv/bin/python --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml \
 		--mc-type library --spec-version 1.6 --output-reproducible --output-file dist/lepton_xla.cdx.json build/release-venv/bin/python
 	@ls -l dist
 

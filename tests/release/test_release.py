@@ -61,7 +61,7 @@ def built(tmp_path_factory):
     if UV is None:
         pytest.skip("uv is not installed")
     folder = tmp_path_factory.mktemp("dist")
-    run(UV, "build", "--quiet", "--out-dir", folder, ROOT, cwd=folder)
+    run(UV, "build", "--quiet", "--python", sys.executable, "--out-dir", folder, ROOT, cwd=folder)
     (wheel,), (source,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return wheel, source
 
