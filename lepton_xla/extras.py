@@ -29,11 +29,12 @@ class Needs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not isinstance(error, ImportError) or not error.name or error.name.startswith("lepton_xla"):
+        name = getattr(error, "name", None) or ""
+        if not isinstance(error, ImportError) or name.startswith("lepton_xla"):
             return
-        package = error.name.partition(".")[0]
+        package = f"the package {name.partition('.')[0]}" if name else "packages that cannot be imported"
         # One that is there, but is too old or broken, says why.
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({first_line(error)})"
         raise MissingPackageError(
-            f"{self.what} needs the package {package}: pip install 'lepton-xla[{self.extra}]'{why}", name=error.name
+            f"{self.what} needs {package}: pip install 'lepton-xla[{self.extra}]'{why}", name=error.name
         ) from error

@@ -219,3 +219,5 @@ def test_a_module_of_this_package_that_is_missing_is_a_bug_and_not_an_extra():
     with pytest.raises(lx.MissingPackageError) as caught, Needs("plot", "--plot"):
         from json import no_such_name  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
     assert str(caught.value).startswith("--plot needs the package json: pip install 'lepton-xla[plot]' (cannot import")
+    with pytest.raises(lx.MissingPackageError, match=r"be imported: .* \(no libGL\)"), Needs("plot", "--plot"):
+        raise ImportError("no libGL")

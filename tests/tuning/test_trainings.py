@@ -178,12 +178,12 @@ def test_data_that_can_be_read_once_is_refused_at_once():
 
 def test_without_optuna_it_says_what_to_install(monkeypatch):
     def missing(name):
-        raise ImportError(f"No module named {name!r}")
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(studies.importlib, "import_module", missing)
-    with pytest.raises(TuningError, match=r"needs Optuna: pip install 'lepton-xla\[tune\]'"):
+    with pytest.raises(lx.MissingPackageError, match=r"needs the package optuna: pip install 'lepton-xla\[tune\]'"):
         Study("s", RANGES, FIRST)
-    with pytest.raises(TuningError, match="needs Optuna"):
+    with pytest.raises(lx.MissingPackageError, match="needs the package optuna"):
         found(constraints=Constraints(max_drop=9.0), training=SPEC, progress=lambda *_: pytest.fail("it began"))
 
 

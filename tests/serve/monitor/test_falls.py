@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+import lepton_xla as lx
 from lepton_xla.errors import ServeError
 from lepton_xla.profiles import Sketch, profile_of
 from lepton_xla.serve.monitor import falls
@@ -84,7 +85,7 @@ def test_rows_are_mixed_and_thinned_in_proportion(rows):
 
 def test_without_the_package_the_server_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "river.drift", None)
-    with pytest.raises(ServeError, match=r"lepton-xla\[drift\]"):
+    with pytest.raises(lx.MissingPackageError, match=r"lepton-xla\[drift\]"):
         Monitoring(Rules.parse(RULES))
     Monitoring(Rules.parse("[[rule]]\nname = 'a'\nwhen = 'accuracy < 0.9'"))
 
