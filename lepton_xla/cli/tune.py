@@ -236,7 +236,8 @@ def tune(
         if served is not None and slo is not None:
             _print_served(served, slo)
     if found.best is None:
-        nearest = f"the nearest is {found.nearest.name}" if found.nearest is not None else "nothing was measured"
+        why = next((f": {trial.failure}" for trial in found.trials if trial.failure), "")
+        nearest = f"the nearest is {found.nearest.name}" if found.nearest is not None else f"nothing was measured{why}"
         raise TuningError(f"no recipe that was measured keeps to the constraints; {nearest}")
 
 

@@ -295,9 +295,9 @@ class _Search:
     @property
     def nearest(self) -> Trial | None:
         """The best, or the trial that breaks the constraints least."""
-        failed = [trial for trial in self.trials.values() if not trial.failure]
+        measured = [trial for trial in self.trials.values() if not trial.failure]
         return self.best or min(
-            failed, key=lambda t: (t.excess(self._constraints), t.value(self._objective)), default=None
+            measured, key=lambda t: (t.excess(self._constraints), t.value(self._objective)), default=None
         )
 
     def run(self, candidates: Candidates, presets: Sequence[Recipe], share: float) -> None:

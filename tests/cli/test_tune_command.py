@@ -21,6 +21,7 @@ def classifier(tmp_path_factory):
     """A target with enough rows to judge points of accuracy."""
     file = tmp_path_factory.mktemp("tuned") / "small_model.py"
     file.write_text("""
+import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -43,6 +44,17 @@ model = lx.ModelSpec(
 training = lx.train.TrainSpec(
     lambda: None, lambda step: {"x": x[:100], "label": right[:100]}, 40, optax.sgd(0.1)
 )
+calls = []
+
+
+def fails_later(predict):
+    calls.append(1)
+    if len(calls) > 2:
+        raise ValueError("the labels are gone")
+    return evaluate(predict)
+
+
+later = dataclasses.replace(model, evaluate=fails_later)
 bare = lx.ModelSpec({"x": lx.TensorSpec(("batch", 8), "float32")}, fn=lambda w, x: x @ w, weights=w)
 """)
     return file
@@ -70,6 +82,13 @@ def test_constraints_that_nothing_keeps_to_end_with_one_line(cli, classifier):
     assert result.exit_code == 2
     assert "1 recipes measured" in result.stdout
     assert "no recipe that was measured keeps to the constraints; the nearest is int8" in result.stderr
+
+
+def test_where_nothing_could_be_measured_it_says_why(cli, classifier):
+    result = cli("tune", f"{classifier}:later", "--max-drop", 4, "--objective", "bytes", *QUICK)
+    assert result.exit_code == 2
+    assert "nothing was measured: " in result.stderr
+    assert "the labels are gone" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -100,7 +119,7 @@ def test_two_processes_share_what_they_train(classifier, tmp_path):
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    ended = [(each.communicate(timeout=280), each.returncode) for each in both]
+    ended = [(each.communicate(timeout=900), each.returncode) for each in both]
     assert [code for _, code in ended] == [0, 0], ended
     trained = [[trial["name"] for trial in json.loads(out)["trials"] if trial["training"]] for (out, _), _ in ended]
     # The last to end has all: four, and one that the other had begun. None was trained twice.
