@@ -48,7 +48,7 @@ def test_no_two_routes_share_a_method_and_a_path_and_none_goes_by_two_names():
 def test_only_health_is_open_and_all_that_changes_anything_needs_admin():
     assert set(OPEN_PATHS) == {b"/v2/health/live", b"/v2/health/ready"}
     assert {b"/ui", b"/ui/", b"/ui/ui.css"} | {
-        f"/ui/{name}.js".encode() for name in ("ui", "figures", "drawing", "traffic")
+        f"/ui/{name}.js".encode() for name in ("ui", "figures", "drawing", "explain", "traffic")
     } == TOKENLESS_PATHS - OPEN_PATHS
     for route in ROUTES:
         assert (route.scope == "health") == route.path.startswith("/v2/health/")
