@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     inverted = [digits_data.jpeg(1 - image) for image in known.judged]
     plan = users({False: files, True: inverted}, known.judged_labels)
     lived = loop.lived(
-        folder / "digits.lepton", f"{TARGETS}:learning", folder, plan, 20 if given.quick else 200, f"image={one}",
+        folder / "digits.lepton", f"{TARGETS}:learning", folder, plan, 20 if given.quick else 1500, f"image={one}",
         3.0 if given.quick else SECONDS,
     )  # fmt: skip
     figures = {
