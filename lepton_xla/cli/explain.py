@@ -117,20 +117,21 @@ def _show(place: int, row: Mapping[str, Any], top: int) -> None:
     for name, largest in document["top"].items():
         values = row[_PREFIX + name]
         shape = [size for size in values.shape if size != 1]
-        if f"{_SEEN}{name.removesuffix('.pixels')}.size" in row:
-            _common.show(*_heat_map(_shrunk(values, row[f"{_SEEN}{name.removesuffix('.pixels')}.size"])))
+        size = row.get(f"{_SEEN}{name.removesuffix('.pixels')}.size")  # of an image that was read from a file
+        if size is not None:
+            _common.show(*_heat_map(_shrunk(values, size)))
         elif len(shape) == 2 and shape[1] <= 100:
             _common.show(*_heat_map(values.reshape(shape)))
-        columns, cells = (
-            ("at", ">attribution"),
-            [(", ".join(map(str, each["at"])), f"{each['attribution']:+.4g}") for each in largest],
-        )
-        if name in document.get("tokens", {}):
-            columns, cells = (
-                ("token", *columns),
-                [(each["token"], *cell) for each, cell in zip(largest, cells, strict=True)],
+        token = name in document.get("tokens", {})
+        cells = [
+            (
+                *([each["token"]] if token else []),
+                ", ".join(map(str, each["at"])),
+                f"{each['attribution']:+.4g}",
             )
-        _common.show(_common.table(name, columns, cells))
+            for each in largest
+        ]
+        _common.show(_common.table(name, (*(["token"] if token else []), "at", ">attribution"), cells))
 
 
 def _shrunk(values: Any, size: Any) -> Any:

@@ -12,17 +12,14 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.kernels import attention
+from lepton_xla.passes.alternatives.patterns import Place, replace, without_calls
 from lepton_xla.passes.core.activations import Graph, constant_of
-from lepton_xla.passes.core.rewriting import rewrite
-from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
 
 # Asking for these inlines the calls they are in.
 _NAMES = ("dot_general", "mul", "div", "add", "select_n", "transpose", "reduce_max", "exp", "sub", "reduce_sum", "and")
 _SAME_VALUES = ("transpose", "squeeze", "reshape", "broadcast_in_dim")
 # A score that becomes as small as this has no weight, whatever it was.
 _MASKED = -1e30
-type Place = tuple[Any, int]
-"""An equation, and which of its operands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +140,10 @@ class Pattern:
         sizes = key.shape[1], key.shape[3], value.shape[3]
         return not all(isinstance(size, int) for size in sizes) or attention.fits(*sizes)
 
-    def compute(self, operands: Sequence[jax.Array], bias: jax.Array | None) -> jax.Array:
+    def compute(self, read: Callable[[Place], jax.Array]) -> jax.Array:
         """The result, of query, key and value, and of what is added or the mask, as the jaxpr has them."""
-        query, key, value = (
-            each.arrange(value) for each, value in zip((self.query, self.key, self.value), operands, strict=True)
-        )
-        added = None if bias is None else self._arranged_bias(bias, query.shape[0])
+        query, key, value = (each.arrange(read(each.place)) for each in (self.query, self.key, self.value))
+        added = None if self.bias is None else self._arranged_bias(read(self.bias[0]), query.shape[0])
         out = attention.attend(query, key, value, added, scale=self.scale, masks=self.masked is not None)
         letters = [letter for letter in "bqhe" if letter in self.order]
         kept = jnp.reshape(out, [size for letter, size in zip("bqhe", out.shape, strict=True) if letter in letters])
@@ -178,42 +173,12 @@ def attend(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Callabl
         wanted: whether to replace a pattern.
     """
 
-    def rules(closed: Any) -> Mapping[str, Rule]:
-        patterns = [pattern for pattern in find(closed) if wanted(pattern)]
-        last = {id(pattern.last): pattern for pattern in patterns}
-        members = {id(eqn) for pattern in patterns for eqn in pattern.members}
-        places = {id(place[0]) for pattern in patterns for place in pattern.places}
-
-        def rule(context: Context, eqn: Any, values: Values) -> Values | None:
-            notes = context.walk.notes
-            if id(eqn) in places:
-                notes[f"attention {id(eqn)}"] = values
-            if id(eqn) in members:
-                return [None] * len(eqn.outvars)
-            pattern = last.get(id(eqn))
-            if pattern is None:
-                return None
-
-            def operand(place: Place) -> jax.Array:
-                return materialize(notes[f"attention {id(place[0])}"][place[1]])
-
-            three = [operand(each.place) for each in (pattern.query, pattern.key, pattern.value)]
-            return [pattern.compute(three, None if pattern.bias is None else operand(pattern.bias[0]))]
-
-        names = {eqn.primitive.name for pattern in patterns for eqn in (*pattern.members, pattern.last)}
-        names |= {eqn.primitive.name for pattern in patterns for eqn, _ in pattern.places}
-        return dict.fromkeys(names, rule)
-
-    return rewrite(flat(fn), rules, inline=True, on_unknown="keep")
+    return replace(flat(fn), find, wanted)
 
 
 def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the calls around parts of attention."""
-    return rewrite(fn, dict.fromkeys(_NAMES, _leave), inline=True, on_unknown="keep")
-
-
-def _leave(_context: Context, _eqn: Any, _values: Values) -> None:
-    """Leaves an equation."""
+    return without_calls(fn, _NAMES)
 
 
 def find(closed: Any) -> Iterator[Pattern]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,8 @@ import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.kernels import norm
+from lepton_xla.passes.alternatives.patterns import Place, replace, without_calls
 from lepton_xla.passes.core.activations import ELEMENTWISE, Graph, constant_of
-from lepton_xla.passes.core.rewriting import rewrite
-from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
 
 # Asking for these inlines the calls they are in.
 _NAMES = ("reduce_sum", "rsqrt", "sqrt", "mul", "sub", "div", "add", "square", "integer_pow", "max", "select_n")
@@ -27,8 +26,6 @@ _MOST_EQUATIONS = 24
 _LEAST_WIDTH = 16
 # No norm has a larger one; NumPy's sums in float64 differ by less than this.
 _LARGEST_EPSILON, _TOLERANCE = 0.1, 1e-6
-type Place = tuple[Any, int]
-"""An equation, and which of its operands."""
 
 
 @dataclasses.dataclass
@@ -57,6 +54,11 @@ class Pattern:
         return self.x[0]
 
     @property
+    def places(self) -> list[Place]:
+        """Where its operands are read."""
+        return [place for place in (self.x, self.gain, self.shift) if place is not None]
+
+    @property
     def width(self) -> int:
         """Elements of a row."""
         return self.last.outvars[0].aval.shape[-1]
@@ -79,8 +81,10 @@ class Pattern:
         params = {"epsilon": self.epsilon, "centered": self.centered}
         return lambda *given: norm.by_xla(*given, **params), lambda *given: norm.PRIMITIVE.bind(*given, **params)
 
-    def compute(self, x: jax.Array, gain: jax.Array | None, shift: jax.Array | None) -> jax.Array:
+    def compute(self, read: Callable[[Place], jax.Array]) -> jax.Array:
         """The result, of the operands as the jaxpr has them."""
+        x, gain, shift = (None if place is None else read(place) for place in (self.x, self.gain, self.shift))
+        assert x is not None
         rows = jnp.reshape(x, (math.prod(x.shape[:-1]), self.width))
         vectors = [None if each is None else jnp.reshape(each, (self.width,)) for each in (gain, shift)]
         out = norm.normalize(rows, *vectors, epsilon=self.epsilon, centered=self.centered)
@@ -95,41 +99,12 @@ def normalize(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Call
         wanted: whether to replace a pattern.
     """
 
-    def rules(closed: Any) -> Mapping[str, Rule]:
-        patterns = [pattern for pattern in find(closed) if wanted(pattern)]
-        last = {id(pattern.last): pattern for pattern in patterns}
-        members = {id(eqn) for pattern in patterns for eqn in pattern.members}
-        read = [place for each in patterns for place in (each.x, each.gain, each.shift) if place is not None]
-        places = {id(eqn) for eqn, _ in read}
-
-        def rule(context: Context, eqn: Any, values: Values) -> Values | None:
-            notes = context.walk.notes
-            if id(eqn) in places:
-                notes[f"norm {id(eqn)}"] = values
-            if id(eqn) in members:
-                return [None] * len(eqn.outvars)
-            pattern = last.get(id(eqn))
-            if pattern is None:
-                return None
-
-            def operand(place: Place | None) -> Any:
-                return None if place is None else materialize(notes[f"norm {id(place[0])}"][place[1]])
-
-            return [pattern.compute(operand(pattern.x), operand(pattern.gain), operand(pattern.shift))]
-
-        names = {eqn.primitive.name for each in patterns for eqn in (*each.members, each.last)}
-        return dict.fromkeys((*names, *(eqn.primitive.name for eqn, _ in read)), rule)
-
-    return rewrite(flat(fn), rules, inline=True, on_unknown="keep")
+    return replace(flat(fn), find, wanted)
 
 
 def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the calls around parts of norms."""
-    return rewrite(fn, dict.fromkeys(_NAMES, _leave), inline=True, on_unknown="keep")
-
-
-def _leave(_context: Context, _eqn: Any, _values: Values) -> None:
-    """Leaves an equation."""
+    return without_calls(fn, _NAMES)
 
 
 def find(closed: Any) -> Iterator[Pattern]:

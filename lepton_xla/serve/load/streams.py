@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -122,12 +122,12 @@ def stream(
         while time.perf_counter() < ends and not hopeless.is_set():
             request = target.request("POST", f"{route(model)}/generate_stream", (body(drawn),))
             try:
-                sent, times, error = _times(target, request, timeout_s)
-            except (OSError, ValueError, ServeError) as failure:
-                sent, times, error = 0.0, [], f"{type(failure).__name__}: {failure}"
+                sent, times, failure = _times(target, request, timeout_s)
+            except (OSError, ValueError, ServeError) as error:
+                sent, times, failure = 0.0, [], _Failure(f"{type(error).__name__}: {error}")
                 time.sleep(0.05)
             with lock:
-                _count(found, sent, times, error, begins, ends)
+                _count(found, sent, times, failure, begins, ends)
                 if found.refusals >= enough and not found.answered:
                     hopeless.set()
 
@@ -141,30 +141,35 @@ def stream(
     return found
 
 
-def _count(found: Streams, sent: float, times: list[float], error: str, begins: float, ends: float) -> None:
+class _Failure(NamedTuple):
+    """What went wrong with a request: its kind, as it is counted; the HTTP status, if that says so; and the reason."""
+
+    kind: str
+    status: int = 0
+    reason: str = ""
+
+
+def _count(
+    found: Streams, sent: float, times: list[float], failure: _Failure | None, begins: float, ends: float
+) -> None:
     inside = [at for at in times if begins <= at < ends]
     found.tokens += len(inside)
     if times and begins <= sent < ends:
         found.first_s.append(times[0] - sent)
     found.next_s += [b - a for a, b in itertools.pairwise(times) if begins <= a and b < ends]
-    if error:
-        kind, _, why = error.partition("\n")
-        found.errors[kind] = found.errors.get(kind, 0) + 1
-        status = int(kind.removeprefix("HTTP ")) if kind.startswith("HTTP ") else 0
-        if 400 <= status < 500 and status not in _LATER:
-            found.refusals, found.refusal = found.refusals + 1, f"{why or 'no reason given'} ({kind})"
-        else:
-            found.answered = True
+    if failure is None:
+        found.requests += begins <= (times or [0.0])[-1] < ends
+    else:
+        found.errors[failure.kind] = found.errors.get(failure.kind, 0) + 1
+    if failure is not None and 400 <= failure.status < 500 and failure.status not in _LATER:
+        found.refusals += 1
+        found.refusal = f"{failure.reason or 'no reason given'} ({failure.kind})"
     else:
         found.answered = True
-        found.requests += begins <= (times or [0.0])[-1] < ends
 
 
-def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[float, list[float], str]:
-    """When a request was sent, when each token of its stream came, and what went wrong; empty if nothing did.
-
-    What the server says of a refusal is in a second line.
-    """
+def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[float, list[float], _Failure | None]:
+    """When a request was sent, when each token of its stream came, and what went wrong, if anything did."""
     times: list[float] = []
     with contextlib.closing(open_socket(target, timeout_s)) as sock:
         sent = time.perf_counter()
@@ -173,19 +178,19 @@ def _times(target: Endpoint, request: bytes, timeout_s: float) -> tuple[float, l
         while b"\r\n\r\n" not in data:
             data += _more(sock)
         head, _, data = data.partition(b"\r\n\r\n")
-        status = head.split(b" ", 2)[1].decode()
-        if status != "200":
-            return sent, times, f"HTTP {status}\n{_reason(head, data, sock)}"
+        status = int(head.split(b" ", 2)[1])
+        if status != 200:
+            return sent, times, _Failure(f"HTTP {status}", status, _reason(head, data, sock))
         while True:
             *events, data = data.split(b"\n\n")
             now = time.perf_counter()
             for event in events:
                 if b'"error"' in event:
-                    return sent, times, "generation failed"
+                    return sent, times, _Failure("generation failed")
                 if b'"details"' not in event:
                     times.append(now)
             if data.endswith(_END):
-                return sent, times, ""
+                return sent, times, None
             data += _more(sock)
 
 
