@@ -37,7 +37,9 @@ def lower(program, preset="int8-weight-only", sizes=SIZES):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock(kernel_us, program_us)`: times of kernels by site, and of a program by the number of its kernels."""
+    """`clock(kernel_us, program_us)`: times of kernels by site, or None to measure them, and of a program by the number
+    of its kernels.
+    """
 
     def set_to(kernel_us, program_us):
         def compare(wanted, _timer):
@@ -54,7 +56,8 @@ def clock(monkeypatch):
                 for fn, weights in functions
             ]
 
-        monkeypatch.setattr(integer_arithmetic, "compare", compare)
+        if kernel_us is not None:
+            monkeypatch.setattr(integer_arithmetic, "compare", compare)
         monkeypatch.setattr(integer_arithmetic, "time_programs", time_programs)
         monkeypatch.setattr(integer_arithmetic, "choose", lambda *_: Choices())
         monkeypatch.setattr(integer_arithmetic, "times_us", lambda _eqn, _timer, **_: [])
@@ -196,7 +199,9 @@ def test_what_follows_a_product_goes_to_the_kernel(kernels, clock):
 
 
 @pytest.mark.parametrize("options", ["", "dynamic = false", 'granularity = "tensor"'])
-def test_integer_products_are_measured_and_checked(kernels, options):
+def test_integer_products_are_measured_and_checked(kernels, clock, options):
+    # On a busy machine the whole program may be slower with kernels at some size, whose times are then left out.
+    clock(None, lambda count: FLOAT_US - 10 * count)
     program = two_layers()
     plan = lx.passes.resolve(lx.Recipe.parse(f'[[quantize]]\nsites = ".*"\n{options}', name="test"), program)
     ranges = {"a": jnp.float32(4), "b": jnp.float32(1)}
