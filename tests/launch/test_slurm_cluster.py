@@ -89,9 +89,10 @@ def test_a_run_hangs_is_preempted_and_is_done(cluster, tmp_path):
     assert len(set(saved)) == 1
     assert int((tmp_path / "checkpoint").read_text()) == saved[0]
 
-    # SLURM would wait for two minutes. A batch script that ends after that would end the job that has begun again.
+    # SLURM would wait for two minutes. A batch script that ends after that would end the job that has begun again; so
+    # would a node that revokes the job's credential in the second in which it begins again ("Job credential revoked").
     cluster.wait_until(cluster.is_idle, 60)
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now+5")
     cluster.wait_until(lambda: cluster.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 240)
     assert cluster.job(number)["JobState"] == "COMPLETED", log.read_text()
     assert resumed(log)[-2:] == [saved[0]] * 2
