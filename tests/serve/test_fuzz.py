@@ -14,7 +14,7 @@ def test_what_the_changes_start_from_is_good():
 
 @pytest.mark.parametrize("seconds", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_changed_requests_break_nothing(seconds):
-    assert run_random(seconds, seed=0) > 100 * seconds
+    assert run_random(seconds, seed=0) > 10 * seconds
 
 
 POST = b"POST /v2/models/affine/infer HTTP/1.1\r\nHost: a\r\n"

@@ -75,7 +75,7 @@ def test_stop_answers_everything_accepted_and_closes_the_rest(server, affine):
 
 
 def test_readiness_goes_first_and_the_lame_duck_still_answers(make_server):
-    server = make_server(Affine(), lame_duck_s=1.0)
+    server = make_server(Affine(), lame_duck_s=2.0)
     with connect(server) as idle, connect(server) as used:
         for sock in (idle, used):
             sock.sendall(READY)
@@ -92,9 +92,9 @@ def test_readiness_goes_first_and_the_lame_duck_still_answers(make_server):
         check(answer, 2)
         assert answer[1]["connection"] == "close"
         assert used.recv(1) == b""
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 1.9
         assert idle.recv(1) == b""
-        assert time.monotonic() - began > 0.99
+        assert time.monotonic() - began > 1.99
     stopping.join(5)
     assert not stopping.is_alive()
 
@@ -117,7 +117,7 @@ def test_a_connection_in_use_is_closed_by_an_answer(make_server):
 
 def test_a_request_sent_too_late_does_not_take_the_last_answer_with_it(make_server):
     """Bytes that reach a closed socket reset the connection, and what the client has not read may be lost."""
-    server = make_server(Affine(), lame_duck_s=1.0)
+    server = make_server(Affine(), lame_duck_s=2.0)
     with connect(server) as sock:
         stopping = stop_in_background(server)
         sock.sendall(infer_bytes(1))
