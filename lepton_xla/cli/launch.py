@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 from lepton_xla.cli import _common
+from lepton_xla.errors import LaunchError
 
 _COMMAND = {"ignore_unknown_options": False, "allow_interspersed_args": False}
 _command = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -32,6 +34,17 @@ def launch() -> None:
 
 
 def _watchdog_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of the watchdog. The command gets the seconds that are given as `watch`, as `Limits` names them."""
+
+    @functools.wraps(command)
+    def watched(
+        *args: Any, step_s: float | None, compile_s: float | None, evaluate_s: float | None, **rest: Any
+    ) -> None:
+        if step_s is None and (compile_s or evaluate_s):
+            raise LaunchError("--watchdog-compile-s and --watchdog-evaluate-s need --watchdog-s")
+        given = {"step_s": step_s, "compile_s": compile_s, "evaluate_s": evaluate_s}
+        command(*args, watch={name: value for name, value in given.items() if value is not None}, **rest)
+
     for option in reversed(
         (
             click.option(
@@ -55,8 +68,8 @@ def _watchdog_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
         )
     ):
-        command = option(command)
-    return command
+        watched = option(watched)
+    return watched
 
 
 @launch.command("local", context_settings=_COMMAND)
@@ -95,9 +108,7 @@ def _watchdog_options(command: Callable[..., None]) -> Callable[..., None]:
 def local(
     command: tuple[str, ...],
     *,
-    step_s: float | None,
-    compile_s: float | None,
-    evaluate_s: float | None,
+    watch: dict[str, float],
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -113,14 +124,11 @@ def local(
     Exit code: that of the first process that failed; 128 plus the number of the signal that killed it; 124 if it hung.
     With --json all output of the processes goes to stderr, and stdout gets one document: how each attempt ended.
     """
-    from lepton_xla.errors import LaunchError
     from lepton_xla.launch.local import Options
     from lepton_xla.launch.supervisor import Supervisor
     from lepton_xla.launch.watchdog import Limits
 
-    if step_s is None and (compile_s or evaluate_s):
-        raise LaunchError("--watchdog-compile-s and --watchdog-evaluate-s need --watchdog-s")
-    limits = None if step_s is None else Limits(step_s, compile_s or 0.0, evaluate_s or 0.0)
+    limits = Limits(**watch) if watch else None
     supervisor = Supervisor(
         Options(command, limits=limits, **settings), os.environ, out=sys.stderr if as_json else None
     )
@@ -143,10 +151,10 @@ def _file_options(command: Callable[..., None]) -> Callable[..., None]:
     return _watchdog_options(command)
 
 
-def _watch(step_s: float | None, compile_s: float | None, evaluate_s: float | None) -> tuple[str, ...]:
+def _words(watch: Mapping[str, float]) -> tuple[str, ...]:
     """The watchdog's options, for the command line of another `leptonx launch local`."""
-    given = {"--watchdog-s": step_s, "--watchdog-compile-s": compile_s, "--watchdog-evaluate-s": evaluate_s}
-    return tuple(word for name, value in given.items() if value is not None for word in (name, f"{value:g}"))
+    names = {"step_s": "--watchdog-s", "compile_s": "--watchdog-compile-s", "evaluate_s": "--watchdog-evaluate-s"}
+    return tuple(word for name, value in watch.items() for word in (names[name], f"{value:g}"))
 
 
 def _deliver(text: str, output: str | None, as_json: bool) -> None:
@@ -201,9 +209,7 @@ _setup_option = click.option(
 def slurm(
     command: tuple[str, ...],
     *,
-    step_s: float | None,
-    compile_s: float | None,
-    evaluate_s: float | None,
+    watch: dict[str, float],
     output: str | None,
     submit: bool,
     as_json: bool,
@@ -220,7 +226,7 @@ def slurm(
     """
     from lepton_xla.launch.slurm import SlurmJob, send
 
-    script = SlurmJob(command, watch=_watch(step_s, compile_s, evaluate_s), **settings).script()
+    script = SlurmJob(command, watch=_words(watch), **settings).script()
     if not submit:
         _deliver(script, output, as_json)
         return
@@ -283,9 +289,7 @@ def _pairs(context: click.Context, option: click.Parameter, texts: tuple[str, ..
 def jobset(
     command: tuple[str, ...],
     *,
-    step_s: float | None,
-    compile_s: float | None,
-    evaluate_s: float | None,
+    watch: dict[str, float],
     output: str | None,
     as_json: bool,
     **settings: Any,
@@ -298,7 +302,7 @@ def jobset(
     """
     from lepton_xla.launch.jobset import JobSet
 
-    manifest = JobSet(command, watch=_watch(step_s, compile_s, evaluate_s), **settings).manifest()
+    manifest = JobSet(command, watch=_words(watch), **settings).manifest()
     _deliver(manifest, output, as_json)
 
 
@@ -324,9 +328,7 @@ def jobset(
 def tpu_vm(
     command: tuple[str, ...],
     *,
-    step_s: float | None,
-    compile_s: float | None,
-    evaluate_s: float | None,
+    watch: dict[str, float],
     output: str | None,
     as_json: bool,
     setup: tuple[str, ...],
@@ -343,5 +345,5 @@ def tpu_vm(
 
     if setup:
         settings["setup"] = setup
-    script = TpuVm(command, watch=_watch(step_s, compile_s, evaluate_s), **settings).script()
+    script = TpuVm(command, watch=_words(watch), **settings).script()
     _deliver(script, output, as_json)

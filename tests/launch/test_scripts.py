@@ -394,6 +394,7 @@ def written(kind, fields):
         (["jobset", "--image", "i", "--hosts", "1", "--claim", "/a", "--", "a"], "'/a': expected PATH=CLAIM"),
         (["slurm", "--nodes", "1", "--gpus-per-node", "1", "--output", "no/such/file", "--", "a"], "does not exist"),
         (["slurm", "--nodes", "1", "--gpus-per-node", "1", "--output", ".", "--", "a"], "cannot be written"),
+        (["jobset", "--image", "i", "--hosts", "1", "--watchdog-compile-s", "5", "--", "a"], "need --watchdog-s"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(args, said, tmp_path, monkeypatch):
