@@ -38,13 +38,13 @@ def lower(program, preset="int8-weight-only", sizes=SIZES):
 @pytest.fixture
 def clock(monkeypatch):
     """`clock(kernel_us, program_us)`: times of kernels by site, or None to measure them, and of a program by the number
-    of its kernels.
+    of its kernels; `xla_us` is that of XLA's product of codes.
     """
 
-    def set_to(kernel_us, program_us):
+    def set_to(kernel_us, program_us, xla_us=300.0):
         def compare(wanted, _timer):
             return [
-                measurement.Timing(dict(at), FLOAT_US, 300.0, None, 0.0, kernel_us[site.name], at["batch"])
+                measurement.Timing(dict(at), FLOAT_US, xla_us, None, 0.0, kernel_us[site.name], at["batch"])
                 for site, _, at in wanted
             ]
 
@@ -102,7 +102,7 @@ def test_kernels_that_lose_are_not_taken(kernels, clock, kernel_us, program_us):
 
 def test_kernels_are_not_used_for_the_rows_at_which_they_lose_in_the_whole_program(kernels, clock, monkeypatch):
     """Each alone takes a quarter of the time; with codes the program wins at both sizes, with kernels more at one."""
-    clock({"a": 25.0, "b": 25.0}, None)
+    clock({"a": 25.0, "b": 25.0}, None, xla_us=60.0)
 
     def time_programs(functions, inputs, timer=None):
         def us(text):
@@ -121,6 +121,22 @@ def test_kernels_are_not_used_for_the_rows_at_which_they_lose_in_the_whole_progr
     for batch in (1, 6):
         text = str(jax.make_jaxpr(lowered.fn)(lowered.weights, jnp.ones((batch, 24))))
         assert text.count("weight_only_product") == (2 if batch == 1 else 0)
+
+
+def test_kernels_that_win_clearly_are_not_timed_against_none(kernels, clock):
+    """Without them, all weights may be unpacked at once, which takes as much memory as the float ones."""
+    numbers = []
+
+    def program_us(count):
+        numbers.append(count)
+        return FLOAT_US - 10 * count
+
+    clock({"a": 25.0, "b": 25.0}, program_us)
+    lowered = lower(two_layers())
+    assert {site.outcome for site in sites(lowered).values()} == {"codes"}
+    # At each size: the float program, with no site in codes, and with both in kernels.
+    assert numbers == [0, 0, 2] * len(SIZES)
+    assert "kernels" not in lowered.history[-1].metrics
 
 
 def test_one_kernel_may_win_alone(kernels, clock):

@@ -416,10 +416,18 @@ def _ways(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> d
 def _kernel_rows(
     integer: frozenset[str], timings: Mapping[str, Sequence[Timing]], sizes: Mapping[str, int]
 ) -> frozenset[int]:
-    """The numbers of rows that a kernel multiplies at a size."""
+    """The numbers of rows that a kernel multiplies at a size, without those where it wins too clearly to lose.
+
+    Without its kernels, a program of weights in codes unpacks all of them on each call, and XLA may do so at once: of a
+    large model that would take as much memory again as its float weights.
+    """
     ways = _ways(integer, timings)
-    at_size = [(name, timing.rows) for name in integer for timing in timings[name] if timing.sizes == sizes]
-    return frozenset(rows for name, rows in at_size if ways[name][rows] == "kernel")
+    by_rows: dict[int, list[Timing]] = {}
+    for name in integer:
+        for timing in timings[name]:
+            if timing.sizes == sizes and ways[name][timing.rows] == "kernel":
+                by_rows.setdefault(timing.rows, []).append(timing)
+    return frozenset(rows for rows, found in by_rows.items() if not selection.wins_clearly(found))
 
 
 def _unpackable(stored: Sequence[PlannedSite], integer: frozenset[str]) -> dict[str, Site]:

@@ -16,6 +16,8 @@ from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeTimin
 _LOG = logging.getLogger(__name__)
 # A product that alone takes at least this share of float's time is not tried in the whole program.
 HOPELESS_RATIO = 1.2
+# Kernels that together take less than this share of the time without them win among their neighbours too.
+CLEAR_RATIO = 1 / 3
 # Maximum number of non-empty sets of integer sites that are tried in the whole program.
 MAX_SETS = 4
 # Maximum number of sizes at which the whole program is timed.
@@ -77,6 +79,17 @@ def without_kernels(
         ]
         for name, found in timings.items()
     }
+
+
+def wins_clearly(timings: Sequence[Timing]) -> bool:
+    """Whether kernels take so much less time than XLA's products of codes that the whole program need not tell.
+
+    >>> several = [Timing({}, 9.0, integer_us, None, kernel_us=2.0) for integer_us in (3.0, 12.0)]
+    >>> wins_clearly(several), wins_clearly(several[:1])
+    (True, False)
+    """
+    without = sum(min(dataclasses.replace(timing, kernel_us=None).us.values()) for timing in timings)
+    return sum(timing.us["kernel"] for timing in timings) < CLEAR_RATIO * without
 
 
 def losing_rows(timed: Sequence[WholeTiming], rows: Sequence[Collection[int]]) -> frozenset[int]:
