@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 import lepton_xla as lx
+from lepton_xla.kernels.keeping import Kept
 
 # Do not use the user's timing cache, which may have been filled on a busy machine.
 os.environ["LEPTON_CACHE"] = os.environ.get("LEPTON_CACHE", "off")
@@ -79,7 +80,8 @@ def compiled(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """Compile `fn(*args)` ahead of time; return a function that runs it and waits for the result."""
     args = jax.tree.map(jax.numpy.asarray, args)
     ready = jax.jit(fn).lower(*args).compile()
-    return lambda: jax.block_until_ready(ready(*args))
+    kept = Kept(jax.tree.leaves(args))  # as a loaded artifact keeps its weights
+    return lambda kept=kept: jax.block_until_ready(ready(*args))
 
 
 def example_inputs(inputs: Mapping[str, lx.TensorSpec], sizes: Mapping[str, int]) -> dict[str, np.ndarray]:

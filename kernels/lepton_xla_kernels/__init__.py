@@ -11,6 +11,9 @@ _LIBRARY = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_library.so")))
 _LIBRARY.lepton_variant.restype = ctypes.c_char_p
 _LIBRARY.lepton_use.restype = ctypes.c_bool
 _LIBRARY.lepton_use.argtypes = [ctypes.c_char_p]
+_LIBRARY.lepton_keep.restype = _LIBRARY.lepton_release.restype = None
+_LIBRARY.lepton_keep.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+_LIBRARY.lepton_release.argtypes = [ctypes.c_void_p]
 _NAMES = (
     "attention",
     "convolution",
@@ -30,6 +33,16 @@ def ffi_version() -> tuple[int, int]:
 def handlers() -> dict[str, Any]:
     """The addresses of the kernels, as `ctypes` function pointers, by name."""
     return {name: getattr(_LIBRARY, f"lepton_{name}") for name in _NAMES}
+
+
+def keep(address: int, size_bytes: int) -> None:
+    """Say that a weight in memory does not change until `release` was called as often, so that it is packed once."""
+    _LIBRARY.lepton_keep(address, size_bytes)
+
+
+def release(address: int) -> None:
+    """End one `keep`."""
+    _LIBRARY.lepton_release(address)
 
 
 def variant() -> str:

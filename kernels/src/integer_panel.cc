@@ -1,12 +1,31 @@
 // The product of many rows of codes: see integer_product.h. For AVX-512 VNNI and AVX2.
 //
-// A panel of 64 columns is packed for each call: a few codes of each of several columns fill a register, so that no sum
-// is spread over lanes. That costs one pass over the weight, which many rows make up for, and the weight is stored once,
-// as it is.
+// A panel of 64 columns is packed: a few codes of each of several columns fill a register, so that no sum is spread over
+// lanes. A weight that is kept is packed by the first call, any other by each, which costs a pass over it.
 #include "integer_product.h"
 
 #include "finish.h"
 #include "transpose.h"
+
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
+namespace lepton::VARIANT {
+namespace {
+
+// The packed panel that begins at a column: that which is kept, or a new one in `scratch`.
+template <typename Pack>
+int8_t* packed_panel(const IntegerProduct& p, int64_t column, int8_t* scratch, const Pack& pack) {
+  const int64_t index = column / IntegerProduct::kPanelColumns;
+  bool fill = false;
+  int8_t* const kept = p.kept == nullptr ? nullptr : p.kept->panel(index, fill);
+  int8_t* const panel = kept == nullptr ? scratch : kept;
+  if (kept == nullptr || fill) pack(p, column, panel);
+  if (fill) p.kept->filled(index);
+  return panel;
+}
+
+}  // namespace
+}  // namespace lepton::VARIANT
+#endif
 
 #if defined(__AVX512VNNI__)
 namespace lepton::VARIANT {
@@ -19,9 +38,9 @@ inline void add(__m512i& sum, const __m512i& x, const __m512i& w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
 }
 
-// Packs columns as [K / 4, 64 columns, 4], zeros where there are none, and finds what the 128 that is added to each
+// Packs columns as [K / 4, 64 columns, 4], zeros where there are none, and behind them what the 128 that is added to each
 // code of x adds to their sums.
-void pack(const IntegerProduct& p, int64_t column, int8_t* to, __m512i (&offset)[kVectors]) {
+void pack(const IntegerProduct& p, int64_t column, int8_t* to) {
   const int64_t steps = (p.k + kStep - 1) / kStep;
   const __m512i ones = _mm512_set1_epi8(1);
   for (int v = 0; v < kVectors; ++v) {
@@ -42,7 +61,7 @@ void pack(const IntegerProduct& p, int64_t column, int8_t* to, __m512i (&offset)
         _mm512_store_si512(at + j * IntegerProduct::kPanelColumns * kStep, block[j]);
       }
     }
-    offset[v] = _mm512_slli_epi32(total, 7);
+    _mm512_store_si512(to + steps * IntegerProduct::kPanelColumns * kStep + v * 64, _mm512_slli_epi32(total, 7));
   }
 }
 
@@ -89,12 +108,14 @@ void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int6
   }
 }
 
-// One panel. While its first tiles are computed, the next one is fetched: its columns are too many streams for the
-// processor to foresee, and weights are seldom in a cache that is near.
-void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, bool last, int8_t* packed) {
+// One panel. While its first tiles are computed, the next one is fetched: weights are seldom in a cache that is near, and
+// the columns of one that is to be packed are too many streams for the processor to foresee.
+void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, bool last, int8_t* scratch) {
+  const int64_t steps = (p.k + kStep - 1) / kStep;
+  const int8_t* const packed = packed_panel(p, column, scratch, pack);
   Columns columns;
-  pack(p, column, packed, columns.offset);
   for (int v = 0; v < kVectors; ++v) {
+    columns.offset[v] = _mm512_load_si512(packed + (steps * kVectors + v) * 64);
     const int64_t left = p.n - column - v * kLanes;
     columns.inside[v] = left >= kLanes ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
     columns.scale[v] = p.one_scale ? _mm512_set1_ps(p.scale[0])
@@ -105,8 +126,7 @@ void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
   // A step of a tile reads kStep codes of each column, so all lines are fetched in as many tiles as this at one a step.
   const int64_t tiles = (row_end - row + kRows - 1) / kRows;
   const int share = static_cast<int>(tiles < kStep ? (kStep + tiles - 1) / tiles : 1);
-  const int64_t steps = (p.k + kStep - 1) / kStep;
-  const int8_t* next = p.codes + column_end * p.k;
+  const int8_t* next = packed == scratch ? p.codes + column_end * p.k : packed + p.panel_bytes();
   int64_t missing = last ? 0 : (p.n - column_end < kColumns ? p.n - column_end : kColumns) * p.k / 64;
   for (; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
@@ -128,9 +148,9 @@ void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
 }  // namespace
 
 void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end,
-                   int8_t* packed) {
+                   int8_t* scratch) {
   for (; column < column_end; column += IntegerProduct::kPanelColumns)
-    panel(p, row, row_end, column, column + IntegerProduct::kPanelColumns >= column_end, packed);
+    panel(p, row, row_end, column, column + IntegerProduct::kPanelColumns >= column_end, scratch);
 }
 
 }  // namespace lepton::VARIANT
@@ -142,7 +162,8 @@ namespace {
 constexpr int kRows = 4, kStep = 2, kGroup = 2 * kLanes;
 
 // Packs columns as [4 groups, K / 2, 16 columns, 2], zeros where there are none.
-void pack(const IntegerProduct& p, int64_t column, int16_t* to) {
+void pack(const IntegerProduct& p, int64_t column, int8_t* panel) {
+  auto* const to = reinterpret_cast<int16_t*>(panel);
   const int64_t steps = (p.k + kStep - 1) / kStep;
   for (int64_t c = 0; c < IntegerProduct::kPanelColumns; c += kLanes) {
     for (int64_t k = 0; k < p.k; k += 16) {
@@ -199,11 +220,10 @@ void tile(const IntegerProduct& p, const int16_t* x, const int16_t* w, int64_t r
   }
 }
 
-void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* packed) {
-  auto* w = reinterpret_cast<int16_t*>(packed);
+void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* scratch) {
+  const auto* const w = reinterpret_cast<const int16_t*>(packed_panel(p, column, scratch, pack));
   const int64_t depth = p.padded_depth(), steps = (p.k + kStep - 1) / kStep;
-  int16_t* x = w + steps * kStep * IntegerProduct::kPanelColumns;
-  pack(p, column, w);
+  auto* const x = reinterpret_cast<int16_t*>(scratch + p.panel_bytes());
   const int64_t column_end = column + IntegerProduct::kPanelColumns < p.n ? column + IntegerProduct::kPanelColumns : p.n;
   for (; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
@@ -226,9 +246,9 @@ void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
 }  // namespace
 
 void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end,
-                   int8_t* packed) {
+                   int8_t* scratch) {
   for (; column < column_end; column += IntegerProduct::kPanelColumns)
-    panel(p, row, row_end, column, packed);
+    panel(p, row, row_end, column, scratch);
 }
 
 }  // namespace lepton::VARIANT

@@ -6,6 +6,7 @@
 #include <new>
 
 #include "integer_product.h"
+#include "kept.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "weight_only.h"
@@ -23,6 +24,7 @@ struct Variant {
   IntegerRangePart* round_rows;
   IntegerPart* integer_product;
   IntegerPanel* integer_panel;  // null where `integer_product` is fastest for many rows too
+  int64_t code_bytes;           // of a code in a panel
   double integer_products;      // fewer of them than this are not worth waking another thread for: some 40 microseconds
 };
 
@@ -36,13 +38,13 @@ const Variant kVariants[] = {
               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      },
      avx512::weight_only_8, avx512::weight_only_4, avx512::round_rows, avx512::integer_product,
-     avx512::integer_panel, 1 << 24},
+     avx512::integer_panel, 1, 1 << 24},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
      avx2::weight_only_4, avx2::round_rows, avx2::integer_product,
-     avx2::integer_panel, 1 << 22},
+     avx2::integer_panel, 2, 1 << 22},
 #endif
     {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4, portable::round_rows,
-     portable::integer_product, nullptr, 1 << 19},
+     portable::integer_product, nullptr, 0, 1 << 19},
 };
 
 const Variant* fastest() {
@@ -56,7 +58,7 @@ constexpr int64_t kWorthAThread = 1 << 17;
 // Parts of this many rows and columns keep their sums and activations in the second-level cache.
 constexpr int64_t kPartRows = 64, kPartColumns = 512;
 constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
-// From this number of rows on, a packed panel of a weight pays for packing; panels of more bytes leave the cache. Parts
+// From this number of rows on, a packed panel of a weight pays for packing on each call; panels of more bytes leave the cache. Parts
 // of a panel have at least some rows, since each packs it again.
 constexpr int64_t kPanelRows = 16, kPanelBytes = 2 << 20, kPanelPartRows = 96;
 
@@ -74,7 +76,7 @@ bool read_epilogue(Epilogue& e, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi:
 // A part of a product, by packed panels if there is memory for one.
 void multiply_part(const IntegerProduct& p, const Variant& variant, bool packs, int64_t row, int64_t row_end,
                      int64_t column, int64_t column_end) {
-  auto* packed = packs ? static_cast<int8_t*>(thread_scratch(p.panel_bytes())) : nullptr;
+  auto* packed = packs ? static_cast<int8_t*>(thread_scratch(p.panel_scratch())) : nullptr;
   if (packed != nullptr)
     variant.integer_panel(p, row, row_end, column, column_end, packed);
   else
@@ -206,8 +208,13 @@ ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   p.rounded = rounded.get();
   p.row_scale = row_scale.get();
   const Variant& variant = *chosen.load();
+  p.code_bytes = variant.code_bytes;
   const double products = static_cast<double>(p.m) * p.k * p.n;
-  const bool packs = variant.integer_panel != nullptr && p.m >= kPanelRows && p.panel_bytes() <= kPanelBytes;
+  const bool may_pack = variant.integer_panel != nullptr && p.panel_scratch() <= kPanelBytes;
+  const std::shared_ptr<KeptPanels> kept =
+      may_pack ? kept_panels(p.codes, p.n * p.k, &variant, p.n, p.panels(), p.panel_bytes()) : nullptr;
+  p.kept = kept.get();
+  const bool packs = may_pack && (p.kept != nullptr || p.m >= kPanelRows);
   if (products < variant.integer_products) {
     variant.round_rows(p, 0, p.m);
     multiply_part(p, variant, packs, 0, p.m, 0, p.n);
@@ -284,6 +291,10 @@ EXPORTED int lepton_ffi_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_AP
 
 // The name of the instruction set in use.
 EXPORTED const char* lepton_variant() { return lepton::chosen.load()->name; }
+
+// Says that a weight's elements do not change until `lepton_release` was called as often: see kept.h.
+EXPORTED void lepton_keep(const void* weight, int64_t bytes) { lepton::keep(weight, bytes); }
+EXPORTED void lepton_release(const void* weight) { lepton::release(weight); }
 
 // Uses an instruction set, by default (an empty name) the fastest one; false if this machine lacks it.
 EXPORTED bool lepton_use(const char* name) {

@@ -11,6 +11,7 @@ from lepton_xla.compiler import _xla
 from lepton_xla.compiler.devices import Devices, Spec
 from lepton_xla.deferred import jax
 from lepton_xla.errors import InputError
+from lepton_xla.kernels.keeping import Kept
 from lepton_xla.program import TensorSpec
 
 type Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
@@ -32,8 +33,7 @@ class Runtime:
 
     Attributes:
         devices: the devices.
-        weights: the whole list may be replaced by one of equal shapes and dtypes at any time; a run uses the list that
-            it started with.
+        weights: the device arrays, which do not change.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Runtime:
         devices: Devices,
     ) -> None:
         self.weights = list(weights)
+        self._kept = Kept(self.weights)
         self._inputs = dict(inputs)
         self._symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
         self.devices = devices

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lepton_xla.kernels.keeping import Kept
 from lepton_xla.passes.core.executables import Compilation, Lowered
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.core.timing_cache import Times, TimingCache
@@ -198,7 +199,8 @@ def time_programs(
             id(executable): functools.partial(executable, weights, *arrays)
             for executable, (_, weights) in zip(executables, functions, strict=True)
         }
-        times = dict(zip(calls, timer.medians_us(list(calls.values()), budget_s), strict=True))
+        with Kept(jax.tree.leaves([weights for _, weights in functions])):
+            times = dict(zip(calls, timer.medians_us(list(calls.values()), budget_s), strict=True))
         return Times([times[id(executable)] for executable in executables])  # of equal programs, one was timed
 
     (times,) = timer.recall([Measurement([Lowered.of(fn, weights, *inputs) for fn, weights in functions], measure)])

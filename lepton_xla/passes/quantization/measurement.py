@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from lepton_xla import _compat
+from lepton_xla.kernels.keeping import Kept
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.executables import Candidate, Lowered
 from lepton_xla.passes.core.matrix import weight_order
@@ -134,7 +135,8 @@ def _measurement(key: _Key, timer: Timer) -> Measurement:
         expected = in_float(*operands)
         errors = [_share(call(*args), expected) for call in coded]
         calls = [functools.partial(in_float, *operands), *(functools.partial(call, *args) for call in coded)]
-        times = [time / repeats for time in timer.medians_us(calls, OPERATION_BUDGET_S)]
+        with Kept(jax.tree.leaves(args)):
+            times = [time / repeats for time in timer.medians_us(calls, OPERATION_BUDGET_S)]
         worst = float(np.max(errors))
         return Times(times, worst if math.isfinite(worst) else None)
 

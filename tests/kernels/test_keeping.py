@@ -1,0 +1,92 @@
+"""Weights that are kept are packed once; what is not kept is read on each call."""
+
+import concurrent.futures
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_integer_product import array, reference, stored
+
+from lepton_xla.kernels import integer_product, keeping
+from lepton_xla.quant import QTensor
+
+ROWS, DEPTH, COLUMNS = 20, 100, 130
+
+
+@pytest.fixture
+def product():
+    """Multiplies by a weight in memory that NumPy may change behind JAX's back; the memory, and the weight."""
+    room = np.zeros(DEPTH * COLUMNS + 64, np.int8)
+    start = -room.ctypes.data % 64
+    memory = room[start : start + DEPTH * COLUMNS].reshape(COLUMNS, DEPTH)
+    memory[:] = np.asarray(stored(DEPTH, COLUMNS).values)
+    codes = jax.device_put(memory)
+    if codes.unsafe_buffer_pointer() != memory.ctypes.data:
+        pytest.skip("this JAX copies aligned arrays")
+    scale = stored(DEPTH, COLUMNS).scale
+    weight = QTensor(codes, scale, "int8", DEPTH, transposed=True)
+    x = array(ROWS, DEPTH)
+    multiply = jax.jit(integer_product.multiply)
+    return memory, weight, x, lambda: np.asarray(multiply(x, weight))
+
+
+def test_a_kept_weight_is_packed_once_and_released_ones_are_read_again(variants, product):
+    memory, weight, x, multiply = product
+    for variant in variants():
+        memory[:] = np.asarray(stored(DEPTH, COLUMNS).values)
+        before = reference(x, weight)
+        with keeping.Kept([weight.values, weight.scale]) as kept:
+            assert kept.count == 1
+            np.testing.assert_array_equal(multiply(), before)
+            memory[:] = -memory  # nobody may do so: it shows whether the weight was read
+            after = reference(x, weight)
+            np.testing.assert_array_equal(multiply(), after if variant == "portable" else before)
+        np.testing.assert_array_equal(multiply(), after)
+
+
+def test_it_is_kept_until_the_last_one_lets_go(variants, product):
+    memory, weight, x, multiply = product
+    next(variants())
+    before = reference(x, weight)
+    first, second = (keeping.Kept([weight.values]) for _ in range(2))
+    multiply()
+    memory[:] = 0
+    first.close()
+    first.close()
+    np.testing.assert_array_equal(multiply(), before)
+    del second
+    gc.collect()
+    np.testing.assert_array_equal(multiply(), 0 * before)
+
+
+def test_threads_that_pack_at_once(variants):
+    weight, x = stored(384, 700), array(40, 384)
+    expected = reference(x, weight)
+    multiply = jax.jit(integer_product.multiply)
+    multiply(x, weight)
+    for _ in variants():
+        for _ in range(5):
+            with keeping.Kept([weight.values]), concurrent.futures.ThreadPoolExecutor(4) as pool:
+                for got in pool.map(lambda _: multiply(x, weight), range(8)):
+                    np.testing.assert_array_equal(got, expected)
+
+
+def test_few_rows_of_a_kept_weight(variants):
+    for rows, depth, columns in [(1, 384, 384), (7, 100, 70), (3, 5, 2), (33, 1536, 65)]:
+        weight, x = stored(depth, columns), array(rows, depth)
+        for _ in variants():
+            with keeping.Kept([weight.values]):
+                for _ in range(2):
+                    np.testing.assert_array_equal(
+                        integer_product.multiply(jnp.asarray(x), weight), reference(x, weight)
+                    )
+
+
+def test_what_no_kernel_multiplies_is_not_kept(monkeypatch, kernels):
+    del kernels
+    others = [jnp.ones((4, 4)), jnp.ones(4, jnp.int8), np.ones((4, 4), np.int8)]
+    assert keeping.Kept(others).count == 0
+    monkeypatch.setenv("LEPTON_KERNELS", "off")
+    assert keeping.Kept([jnp.ones((4, 4), jnp.int8)]).count == 0
