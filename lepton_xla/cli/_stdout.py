@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import signal
 import sys
 from collections.abc import Generator
 from typing import Any
@@ -41,7 +43,9 @@ def stdout_checked() -> Generator[None, None, None]:
     """Check after the block that everything it printed to stdout was written.
 
     Raises:
-        LeptonError: if stdout is closed, is full, or is a pipe without a reader.
+        LeptonError: if stdout is closed or full.
+        SystemExit: if it is a pipe whose reader has seen enough, such as `head`: silently, with the exit code that a
+            shell gives to programs that SIGPIPE ends.
     """
     stream: Any = sys.stdout
     if stream is None:
@@ -60,6 +64,8 @@ def stdout_checked() -> Generator[None, None, None]:
         sys.stdout = stream
         if watched.error is not None:
             _give_up(stream)
+            if watched.error.errno == errno.EPIPE:
+                sys.exit(128 + signal.SIGPIPE)
             raise LeptonError(f"stdout cannot be written: {watched.error.strerror}") from watched.error
 
 
