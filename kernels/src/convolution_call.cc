@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "convolution.h"
+#include "kept.h"
 #include "parallel.h"
 #include "scale.h"
 #include "xla/ffi/api/ffi.h"
@@ -221,12 +222,11 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
   p.stride = (w.o + layout.lanes - 1) / layout.lanes * layout.lanes;
   p.y = y->typed_data();
   const int64_t image = w.h * w.w * w.c, packed_rows = w.runs() * p.steps;
-  const Scratch weights = scratch(packed_rows * p.stride * 4), columns = scratch(p.stride * 12);
+  const Scratch columns = scratch(p.stride * 8);
   const Scratch rounded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * layout.bytes), rows = scratch(w.n * 4);
-  if (weights == nullptr || columns == nullptr || rounded == nullptr || rows == nullptr) return no_memory();
+  if (columns == nullptr || rounded == nullptr || rows == nullptr) return no_memory();
   float* const column_scale = static_cast<float*>(columns.get());
   float* const wide_bias = column_scale + p.stride;
-  int32_t* const offset = reinterpret_cast<int32_t*>(wide_bias + p.stride);
   float* const row_scale = static_cast<float*>(rows.get());
   spread(scale.typed_data(), w.o, scales == 1, p.stride, column_scale);
   if (p.epilogue.bias != nullptr) {
@@ -234,18 +234,29 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
     p.epilogue.bias = wide_bias;
   }
 
-  // The scales of the examples, and at the same time the weights as the products read them.
+  // The scales of the examples, and at the same time the weights, if they are to be packed.
   const bool dynamic = static_scale.dimensions()[0] == 0;
   const int64_t pieces = dynamic ? std::max<int64_t>(1, (image + kWorthMoving - 1) / kWorthMoving) : 0;
   const int64_t lanes = layout.lanes, vectors = p.stride / lanes;
   const int64_t at_once = std::max<int64_t>(1, std::min(vectors, kWorthMoving / std::max<int64_t>(1, packed_rows * lanes)));
-  const int64_t packs = (vectors + at_once - 1) / at_once;
   const Scratch found = scratch(std::max<int64_t>(1, pieces * w.n) * 4);
   if (found == nullptr) return no_memory();
   int32_t* const most = static_cast<int32_t*>(found.get());
+  // The weights as the products read them, and behind them the offset of each column.
+  const int64_t weight_bytes = packed_rows * p.stride * 4;
+  const auto kept = kept_panels(codes.typed_data(), w.terms() * w.o, &variant, w.o, w.runs(), 1,
+                                (weight_bytes + p.stride * 4 + kBeyond + 63) / 64 * 64);
+  bool fill = false;
+  auto* packed = kept == nullptr ? nullptr : reinterpret_cast<uint8_t*>(kept->panel(0, fill));
+  const Scratch own = packed == nullptr ? scratch(weight_bytes + p.stride * 4) : nullptr;
+  const bool packs_here = fill || packed == nullptr;
+  if (packed == nullptr) packed = static_cast<uint8_t*>(own.get());
+  if (packed == nullptr) return no_memory();
+  int32_t* const offset = reinterpret_cast<int32_t*>(packed + weight_bytes);
+  const int64_t packs = packs_here ? (vectors + at_once - 1) / at_once : 0;
   run(pool, pieces * w.n + packs > 2, pieces * w.n + packs, [&](int64_t part) {
     if (part < packs) {
-      variant.pack(w, codes.typed_data(), weights.get(), p.stride, offset, part * at_once * lanes,
+      variant.pack(w, codes.typed_data(), packed, p.stride, offset, part * at_once * lanes,
                    std::min(vectors, (part + 1) * at_once) * lanes);
       return;
     }
@@ -253,6 +264,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
     const int64_t from = part % pieces * kWorthMoving;
     most[part] = variant.largest(x.typed_data() + part / pieces * image + from, std::min(kWorthMoving, image - from));
   });
+  if (fill) kept->filled(0);
   for (int64_t example = 0; example < w.n; ++example) {
     if (!dynamic) {
       row_scale[example] = *static_scale.typed_data();
@@ -262,7 +274,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
     row_scale[example] = int8_scale(bits);
   }
   p.x = rounded.get();
-  p.weights = weights.get();
+  p.weights = packed;
   p.scale = column_scale;
   p.offset = offset;
   p.row_scale = row_scale;

@@ -13,7 +13,7 @@ namespace {
 
 struct Copy {
   const void* variant;
-  int64_t columns;  // the same bytes may be matrices of several shapes
+  int64_t columns, runs;
   std::shared_ptr<KeptPanels> panels;
 };
 
@@ -34,12 +34,13 @@ std::unordered_map<const void*, Weight>& weights() {
   return *made;
 }
 
-std::shared_ptr<KeptPanels> find(const void* weight, int64_t bytes, const void* variant, int64_t columns, bool& known) {
+std::shared_ptr<KeptPanels> find(const void* weight, int64_t bytes, const void* variant, int64_t columns, int64_t runs,
+                                 bool& known) {
   const auto found = weights().find(weight);
   known = found != weights().end() && found->second.bytes == bytes;
   if (!known) return nullptr;
   for (const Copy& copy : found->second.copies)
-    if (copy.variant == variant && copy.columns == columns) return copy.panels;
+    if (copy.variant == variant && copy.columns == columns && copy.runs == runs) return copy.panels;
   return nullptr;
 }
 
@@ -69,19 +70,19 @@ void release(const void* weight) {
 }
 
 std::shared_ptr<KeptPanels> kept_panels(const void* weight, int64_t bytes, const void* variant, int64_t columns,
-                                        int64_t count, int64_t panel_bytes) {
+                                        int64_t runs, int64_t count, int64_t panel_bytes) {
   bool known;
   {
     const std::shared_lock lock(mutex());
-    auto panels = find(weight, bytes, variant, columns, known);
+    auto panels = find(weight, bytes, variant, columns, runs, known);
     if (!known || panels != nullptr) return panels;
   }
   const std::unique_lock lock(mutex());
-  auto panels = find(weight, bytes, variant, columns, known);
+  auto panels = find(weight, bytes, variant, columns, runs, known);
   if (!known || panels != nullptr) return panels;
   panels = std::make_shared<KeptPanels>(count, panel_bytes);
   if (!panels->allocated()) return nullptr;
-  weights()[weight].copies.push_back({variant, columns, panels});
+  weights()[weight].copies.push_back({variant, columns, runs, panels});
   return panels;
 }
 

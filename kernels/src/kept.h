@@ -40,9 +40,9 @@ class KeptPanels {
 void keep(const void* weight, int64_t bytes);
 void release(const void* weight);
 
-// The `count` panels of a weight of `bytes` with so many columns, for an instruction set; null if the weight is not kept,
-// or there is no memory.
+// The `count` panels of a weight of `bytes` for an instruction set; null if the weight is not kept, or there is no memory.
+// The same bytes may be matrices with several numbers of columns, read in several numbers of runs.
 std::shared_ptr<KeptPanels> kept_panels(const void* weight, int64_t bytes, const void* variant, int64_t columns,
-                                        int64_t count, int64_t panel_bytes);
+                                        int64_t runs, int64_t count, int64_t panel_bytes);
 
 }  // namespace lepton

@@ -212,7 +212,7 @@ ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
   const double products = static_cast<double>(p.m) * p.k * p.n;
   const bool may_pack = variant.integer_panel != nullptr && p.panel_scratch() <= kPanelBytes;
   const std::shared_ptr<KeptPanels> kept =
-      may_pack ? kept_panels(p.codes, p.n * p.k, &variant, p.n, p.panels(), p.panel_bytes()) : nullptr;
+      may_pack ? kept_panels(p.codes, p.n * p.k, &variant, p.n, 1, p.panels(), p.panel_bytes()) : nullptr;
   p.kept = kept.get();
   const bool packs = may_pack && (p.kept != nullptr || p.m >= kPanelRows);
   if (products < variant.integer_products) {

@@ -1,6 +1,7 @@
 """Weights that are kept are packed once; what is not kept is read on each call."""
 
 import concurrent.futures
+import functools
 import gc
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from test_integer_product import array, reference, stored
 
-from lepton_xla.kernels import integer_product, keeping
+from lepton_xla.kernels import convolution, integer_product, keeping
 from lepton_xla.quant import QTensor
 
 ROWS, DEPTH, COLUMNS = 20, 100, 130
@@ -90,3 +91,19 @@ def test_what_no_kernel_multiplies_is_not_kept(monkeypatch, kernels):
     assert keeping.Kept(others).count == 0
     monkeypatch.setenv("LEPTON_KERNELS", "off")
     assert keeping.Kept([jnp.ones((4, 4), jnp.int8)]).count == 0
+
+
+def test_convolutions_of_kept_codes(variants):
+    """The same codes as windows with several dilations, which are packed differently."""
+    images = array(2, 9, 9, 6)
+    codes = jax.random.randint(jax.random.key(0), (3 * 3 * 6, 21), -127, 128, jnp.int8)
+    weight = QTensor(codes, jnp.full((1, 21), 0.01), "int8", 54)
+    geometries = [convolution.Geometry((3, 3), dilation=(size, size)) for size in (1, 2)]
+    for _ in variants():
+        convolve = [jax.jit(functools.partial(convolution.convolve_codes, geometry=each)) for each in geometries]
+        before = [each(images, weight) for each in convolve]
+        with keeping.Kept([codes]) as kept:
+            assert kept.count == 1
+            for _ in range(2):
+                for each, expected in zip(convolve, before, strict=True):
+                    np.testing.assert_array_equal(each(images, weight), expected)
