@@ -47,15 +47,16 @@ class Labelled:
         >>> [part.labels.tolist() for part in rows.split(0.2)]
         [[1, 2], [0]]
         """
-        return self._where(self.places >= held_out), self._where(self.places < held_out)
+        return self.only(self.places >= held_out), self.only(self.places < held_out)
 
-    def _where(self, chosen: np.ndarray) -> Labelled:
+    def only(self, chosen: np.ndarray) -> Labelled:
+        """The rows where an array of booleans, `[rows]`, is true."""
         inputs = {name: array[chosen] for name, array in self.inputs.items()}
         return dataclasses.replace(self, inputs=inputs, labels=self.labels[chosen], places=self.places[chosen])
 
 
 def read_labelled(
-    samples: Iterable[Sample], inputs: Mapping[str, TensorSpec], most_rows: int | None = None
+    samples: Iterable[Sample], inputs: Mapping[str, TensorSpec], most_rows: int | None = None, secret: bytes = b""
 ) -> Labelled:
     """Join samples with labels into arrays.
 
@@ -63,6 +64,7 @@ def read_labelled(
         samples: in the order of their time.
         inputs: what the model takes; its first dimension must be the row.
         most_rows: the latest of the rows that are kept.
+        secret: what nobody who sends requests knows: see `place_of`.
 
     Returns:
         The rows of the samples that fit. Those of another signature, without labels, or of which an input was dropped
@@ -102,17 +104,19 @@ def read_labelled(
         for name, spec in inputs.items()
     }
     labels = [label for sample in kept for label in sample.labels or ()]
-    places = [place for sample in kept for place in [place_of(sample.id)] * len(sample.labels or ())]
+    places = [place for sample in kept for place in [place_of(sample.id, secret)] * len(sample.labels or ())]
     return Labelled(arrays, np.array(labels, np.int32), np.array(places, np.float64), foreign, why)
 
 
-def place_of(request_id: str) -> float:
-    """A number from 0 to 1 that a request's id alone decides, and that says nothing about whether it is sampled.
+def place_of(request_id: str, secret: bytes = b"") -> float:
+    """A number from 0 to 1 that a request's id and a secret decide, and that says nothing about whether it is sampled.
+
+    Without the secret, whoever chooses the ids of requests would choose which of them judge.
 
     >>> 0 <= place_of("a") < 1, place_of("a") == place_of("b")
     (True, False)
     """
-    digest = hashlib.blake2b(request_id.encode(), digest_size=8, person=b"held out").digest()
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8, key=secret, person=b"held out").digest()
     return int.from_bytes(digest, "little") / 2**64
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.compiler import Servable, load, make_update, master_weights, sign
+from lepton_xla.dtypes import is_floating
 from lepton_xla.errors import CheckpointError, LearningError, SampleError, TrainingError
 from lepton_xla.learning.judging import judge
 from lepton_xla.learning.labelled import Labelled, read_labelled
@@ -222,7 +223,10 @@ class Learner:
                 f"{os.fsdecode(self._samples)}: {found.count} samples of {self.model!r}, none with feedback: send the "
                 "right answers to /v2/models/NAME/feedback"
             )
-        rows = read_labelled(kept, self._base.inputs, self._plan.most_rows)
+        rows, numberless = self._usable(kept, self._plan.most_rows)
+        if numberless:
+            notes.append(f"{numberless} rows with NaN or infinity were left out: the old data has none")
+            _log.warning("%s", notes[-1])
         if rows.foreign:
             notes.append(f"{rows.foreign} samples do not fit: {rows.why}")
             _log.warning("%s", notes[-1])
@@ -235,7 +239,22 @@ class Learner:
     def _count_since(self, kept: Iterable[Sample], time_s: float) -> int:
         """Rows to train on of requests that came after a time."""
         new = [each for each in kept if each.time_s > time_s]
-        return len(read_labelled(new, self._base.inputs).split(self._plan.held_out)[0])
+        return len(self._usable(new)[0].split(self._plan.held_out)[0])
+
+    def _usable(self, kept: Iterable[Sample], most_rows: int | None = None) -> tuple[Labelled, int]:
+        """Rows that a round can learn from, and how many were left out.
+
+        A single row with NaN would make every loss NaN, and anybody can send one. Where the old data has such values
+        too, they are part of what the model takes.
+        """
+        rows = read_labelled(kept, self._base.inputs, most_rows, self._rounds.secret())
+        well = np.ones(len(rows), bool)
+        for name, array in rows.inputs.items():
+            finite = _finite_rows(array)
+            if not finite.all() and _finite_rows(self._old_data().rows[name]).all():
+                well &= finite
+        left_out = int((~well).sum())
+        return (rows.only(well) if left_out else rows), left_out
 
     def _train(self, rounds: Rounds, current: Round) -> Round:
         self._tell("train")
@@ -370,6 +389,13 @@ class Learner:
         if rollout["state"] == "rolled back":
             self._push.remove(current.version)
         return rounds.end(current, rollout["state"], rollout["reason"])
+
+
+def _finite_rows(array: np.ndarray) -> np.ndarray:
+    """Which rows have numbers only."""
+    if not is_floating(array.dtype):
+        return np.ones(len(array), bool)
+    return np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
 
 
 def _with_weights(model: Model, weights: Mapping[str, Any]) -> Model:

@@ -7,6 +7,7 @@
       round.json       the round under way, and how far it is
       round/           its checkpoints, float weights and artifact
       history.jsonl    rounds that ended
+      split.key        what decides, with a request's id, whether it is trained on or judges
 
 Every file is replaced by a rename, and what a step did is noted before the next begins. So a learner that was killed
 goes on with the round, and never does a step twice that others see.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Generator
 from time import time
@@ -28,6 +30,8 @@ from lepton_xla.errors import LearningError
 from lepton_xla.folders import flush, held
 
 type Phase = Literal["train", "judge", "push", "rollout", "promoted", "refused", "rolled back", "stopped", "kept"]
+
+_SECRET_BYTES = 16
 
 ENDS = ("promoted", "refused", "rolled back", "stopped", "kept")
 """Phases of rounds that ended: `kept` where there is no server to push to."""
@@ -120,6 +124,19 @@ class Rounds:
         found: dict[str, str] | None = self._read("serving.json", dict[str, str])
         return "" if found is None else found.get("version", "")
 
+    def secret(self) -> bytes:
+        """What the ids of requests are hashed with: whoever chooses an id cannot choose what it is used for."""
+        path = self.folder / "split.key"
+        if not path.exists():
+            self._write(path.name, secrets.token_bytes(_SECRET_BYTES))
+        try:
+            found = path.read_bytes()
+        except OSError as error:
+            raise LearningError(f"{path} cannot be read: {error.strerror}") from error
+        if len(found) != _SECRET_BYTES:
+            raise LearningError(f"{path} is damaged: remove {self.folder} to begin with the model's own weights")
+        return found
+
     def save(self, found: Round) -> Round:
         """Notes how far a round is."""
         self._write("round.json", msgspec.json.encode(found))
@@ -160,10 +177,12 @@ class Rounds:
 
     def forget(self) -> None:
         """Forgets the weights: another version than the learner's serves now."""
-        with self._writing():
-            for path in (self.folder / "serving.json", self.master):
-                path.unlink(missing_ok=True)
         shutil.rmtree(self.serving, ignore_errors=True)
+        with self._writing():
+            # The version goes last: while it is there, whoever was killed in between forgets the rest too.
+            for path in (self.master, self.folder / "serving.json"):
+                path.unlink(missing_ok=True)
+                flush(self.folder)
 
     def history(self) -> list[Round]:
         """The rounds that ended, in their order."""

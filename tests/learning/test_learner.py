@@ -124,6 +124,15 @@ def test_damaged_files_are_passed_over_and_told(bases, sampled, tmp_path):
     assert ended.notes == ("1000 bytes of damaged sample files were passed over",)
 
 
+def test_rows_of_nan_that_anybody_can_send_are_left_out(bases, sampled, tmp_path):
+    sampled.add(*learning_model.rows(300, 2, sign=-1.0))
+    x, labels = learning_model.rows(40, 3)
+    sampled.add(np.full_like(x, np.nan), labels)
+    ended = learn(bases, sampled, tmp_path)
+    assert (ended.phase, ended.rows + ended.held_out) == ("kept", 300)
+    assert ended.notes == ("40 rows with NaN or infinity were left out: the old data has none",)
+
+
 def test_labels_that_are_no_classes(bases, sampled, tmp_path):
     x, labels = learning_model.rows(200, 1)
     sampled.add(x, labels + 1)

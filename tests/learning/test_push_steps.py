@@ -12,6 +12,7 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.learning import Learner, LearningPlan
 from lepton_xla.learning import masters as storing
+from lepton_xla.learning.labelled import place_of
 from lepton_xla.learning.pushing import Push
 from lepton_xla.learning.rounds import Round, Rounds
 from lepton_xla.serve.client import RequestError
@@ -241,6 +242,42 @@ def test_half_a_line_of_history_costs_that_line_only(tmp_path):
         assert rounds.next_number == 2
         rounds.end(rounds.save(Round(number=2, rows=6)), "kept", "yes")
     assert [(each.number, each.phase) for each in rounds.history()] == [(1, "refused"), (2, "kept")]
+
+
+def test_who_is_killed_while_it_forgets_forgets_the_rest(tmp_path, monkeypatch):
+    rounds = Rounds(tmp_path, "m")
+    with rounds.locked():
+        rounds.serving.mkdir()
+        rounds.master.write_bytes(b"weights")
+        (rounds.folder / "serving.json").write_text('{"version": "4"}')
+        unlink, gone = pathlib.Path.unlink, []
+
+        def killed(path, missing_ok=False):
+            if gone:
+                raise KeyboardInterrupt
+            gone.append(path)
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(pathlib.Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rounds.forget()
+        monkeypatch.undo()
+        # What is still there is told to be another version's than the server's.
+        assert rounds.serving_version == "4"
+        rounds.forget()
+        assert (rounds.serving_version, rounds.master.exists(), rounds.serving.exists()) == ("", False, False)
+
+
+def test_what_a_request_is_used_for_is_not_for_its_client_to_choose(tmp_path):
+    secrets = []
+    for name in ("a", "a", "b"):
+        with Rounds(tmp_path / name, "m").locked() as rounds:
+            (rounds.folder / "split.key").write_bytes(bytes([len(secrets) // 2]) * 16)
+            secrets.append(rounds.secret())
+    assert [place_of("id", secret) == place_of("id", secrets[0]) for secret in secrets] == [True, True, False]
+    (tmp_path / "a" / "m" / "split.key").write_bytes(b"")
+    with pytest.raises(lx.LearningError, match=r"split\.key is damaged"):
+        Rounds(tmp_path / "a", "m").secret()
 
 
 def test_a_damaged_note_is_named(tmp_path):

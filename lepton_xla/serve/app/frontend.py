@@ -18,7 +18,7 @@ from lepton_xla.serve.http.drain import Closable, Stop, drain
 from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.monitor.monitoring import Monitoring, Watched
+from lepton_xla.serve.monitor.monitoring import WATCHED, Monitoring, Watched
 from lepton_xla.serve.monitor.rules import Rules
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.metrics import DEVICES, added
@@ -169,10 +169,13 @@ class HTTPFrontEnd:
                 _log.exception("drift and alerts could not be looked at")
 
     def _watch(self, metrics: ServerMetrics) -> None:
+        if metrics is self._metrics:  # what comes from other processes is up to date
+            for each in self._models:
+                each.metrics.now["queue_rows"] = each.scheduler.queue_rows
         metrics.monitoring.look(
             Watched(
                 each.signature.name, each.signature.version,
-                metrics.of(each.signature.name, each.signature.version).counts(), each.metrics.request_s.bounds,
+                metrics.of(each.signature.name, each.signature.version).counts(WATCHED), each.metrics.request_s.bounds,
                 None if each.metrics.monitor is None else each.metrics.monitor.profile,
                 getattr(each.model, "certificate", None),
             )

@@ -176,6 +176,11 @@ class Scheduler:
         """Whether a call waits or runs."""
         return self._batcher.running or self._batcher.pending
 
+    @property
+    def queue_rows(self) -> int:
+        """Rows that wait."""
+        return self._batcher.rows
+
     def check(self) -> None:
         """Runs the model on zeros, in its turn, for a thread that may wait. Raises what the model raises."""
         with self._device.guest(self.share.weight) as run:

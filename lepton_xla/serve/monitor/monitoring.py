@@ -20,6 +20,8 @@ from lepton_xla.serve.monitor.webhooks import Sender, summary_of
 _log = logging.getLogger("lepton_xla.serve")
 
 _KEPT = ("request_s", "failures", "rejected", "expired", "sketch", "feedback", "shadow")
+WATCHED = frozenset((*_KEPT, "now"))
+"""Names of the counts that `Monitoring` looks at."""
 _OF_A_PROFILE = ("drift", "ks", "missing")
 _DRIFT_ROWS = int(QUANTITIES["drift"].default)
 CERTIFIED = Rule(
@@ -38,7 +40,7 @@ class Watched(NamedTuple):
 
     Attributes:
         model, version: its name and version.
-        counts: what was counted of it in all processes.
+        counts: what was counted of it in all processes: the `WATCHED`.
         bounds: upper bounds of the bins of `request_s`, seconds.
         profile: of the known data, if its artifact has one.
         certificate: of what it promises, if its artifact has one.

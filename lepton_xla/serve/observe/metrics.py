@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ _SHARES = tuple(eighth / 8 for eighth in range(8))
 _BYTES = tuple(float(4**power) for power in range(3, 14))
 # Answers are counted in groups of this many, which is faster than one by one.
 _NOTED = 1024
+# Fewer values than this are counted one by one, which is faster than NumPy.
+_FEW = 24
 
 
 class Histogram:
@@ -46,6 +48,11 @@ class Histogram:
 
     def observe_all(self, values: Sequence[float]) -> None:
         """Adds many values."""
+        if len(values) < _FEW:
+            for value in values:
+                self.counts[bisect_left(self.bounds, value)] += 1
+            self.total += sum(values)
+            return
         found = np.bincount(np.searchsorted(self.bounds, np.array(values)), minlength=len(self.counts))
         self.counts = [before + more for before, more in zip(self.counts, found.tolist(), strict=True)]
         self.total += sum(values)
@@ -169,11 +176,17 @@ class Metrics:
             return self.feedback
         return {} if self.monitor.feedback is None else self.monitor.feedback.counts()
 
-    def counts(self) -> dict[str, Any]:
-        """What was counted so far, as plain data that another process may add to its own."""
-        self.count_noted()
+    def counts(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """What was counted so far, as plain data that another process may add to its own.
+
+        Args:
+            names: of what is wanted; None for all, which takes a tenth of a millisecond.
+        """
+        self.count_noted(names)
         plain: dict[str, Any] = {}
         for name, value in vars(self).items():
+            if names is not None and name not in names:
+                continue
             if isinstance(value, Histogram):
                 plain[name] = [*value.counts, value.total]
             elif isinstance(value, int | float):
@@ -182,12 +195,12 @@ class Metrics:
             plain |= self.monitor.counts()
         else:
             plain |= {name: value for name in ("sketch", "feedback") if (value := getattr(self, name))}
-        return plain | {
-            "samples": dict(self.samples),
-            "shadow": dict(self.shadow),
-            "by_size": {str(size): list(each) for size, each in self.by_size.items()},
-            "now": dict(self.now),
-        }
+        for name in ("samples", "shadow", "now"):
+            if names is None or name in names:
+                plain[name] = dict(getattr(self, name))
+        if names is None or "by_size" in names:
+            plain["by_size"] = {str(size): list(each) for size, each in self.by_size.items()}
+        return plain
 
     @staticmethod
     def of_counts(model: str, version: str, counts: Mapping[str, Any]) -> Metrics:
@@ -219,13 +232,13 @@ class Metrics:
         if len(waits) >= _NOTED:
             self.count_noted()
 
-    def count_noted(self) -> None:
-        """Counts what is noted and not counted yet."""
-        for histogram, values in (
-            (self.request_s, self._seconds), (self.request_bytes, self._requests),
-            (self.response_bytes, self._responses), (self.queue_s, self._waits),
+    def count_noted(self, names: Collection[str] | None = None) -> None:
+        """Counts what is noted and not counted yet, of the histograms of these names; None for all."""
+        for name, histogram, values in (
+            ("request_s", self.request_s, self._seconds), ("request_bytes", self.request_bytes, self._requests),
+            ("response_bytes", self.response_bytes, self._responses), ("queue_s", self.queue_s, self._waits),
         ):  # fmt: skip
-            if values:
+            if values and (names is None or name in names):
                 histogram.observe_all(values)
                 values.clear()
 

@@ -61,6 +61,7 @@ class Adjustment(_Struct, frozen=True, kw_only=True):
             `went back`: the base serves.
         version: the version that serves.
         pending: the version that is being made, so that a server that was killed knows it.
+        pending_digest: SHA-256 of that one's manifest: another's push may have had its number in the meantime.
         step: steps that were completed.
         labelled_stable: whether the label `stable` stands on what serves, and moves with each step.
         labelled: rows with labels that accuracy is taken on.
@@ -77,6 +78,7 @@ class Adjustment(_Struct, frozen=True, kw_only=True):
     state: Literal["running", "done", "stopped", "went back"] = "running"
     version: str
     pending: str = ""
+    pending_digest: str = ""
     step: int = 0
     labelled: int = 0
     labelled_stable: bool = False

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
+import hashlib
 import logging
 import pathlib
 import shutil
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lepton_xla.adjustments import move_weights
-from lepton_xla.errors import ArtifactError, ExecutionError, InputError, RepositoryError
+from lepton_xla.copies import listing_of
+from lepton_xla.errors import ArtifactError, LeptonError, RepositoryError
 from lepton_xla.serve.models import movements
 from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.manager import Entry
@@ -39,6 +42,7 @@ _LEAST_JUDGED = 100
 _PATIENCE_S = 60.0
 # A disk that is full, say, is tried again after so long.
 _RETRY_S = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 type Judged = Callable[[str, str], tuple[int, int]]
 """Rows that feedback calls right and wrong, of a model and version."""
@@ -111,6 +115,9 @@ class Adjuster:
             except (RepositoryError, OSError) as error:
                 self._not_before[name] = self._clock() + _RETRY_S
                 _log.error("the adjustment of model %s cannot be carried out now: %s", name, error)
+            except Exception:  # the other models' adjustments go on
+                self._not_before[name] = self._clock() + _RETRY_S
+                _log.exception("the adjustment of model %s cannot be carried out now", name)
 
     def _planned(self, names: Sequence[str]) -> list[str]:
         """Those that may have an adjustment; most models never have one, and are not read for it."""
@@ -118,10 +125,11 @@ class Adjuster:
 
     async def _look(self, name: str, found: Found, now: Adjustment) -> None:
         if now.pending:  # a server was killed while it put a step
-            if now.pending in found.versions:
+            put = found.versions.get(now.pending)
+            if put is not None and now.pending_digest and await asyncio.to_thread(_digest, put) == now.pending_digest:
                 await self._put(name, now, now.pending, None)
                 return
-            now = msgspec.structs.replace(now, pending="")
+            now = msgspec.structs.replace(now, pending="", pending_digest="")
         other = movements.interfered(found, now)
         if other:
             await self._end(name, now, "stopped", other)
@@ -145,7 +153,11 @@ class Adjuster:
     async def _step(self, name: str, found: Found, now: Adjustment) -> None:
         try:
             made = await asyncio.to_thread(self._make, name, found, now)
-        except (ArtifactError, InputError, ExecutionError) as error:
+        except RepositoryError:
+            raise
+        except LeptonError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+                raise error.__cause__ from error
             await self._end(name, now, "stopped", f"the next step cannot be made: {error}")
             return
         before = made.before if now.accuracy_before is None else now.accuracy_before
@@ -156,13 +168,16 @@ class Adjuster:
             await self._end(name, now, "stopped", why, accuracy=made.accuracy)
             return
         version = str(max(map(int, found.versions)) + 1)
-        pending = await self._write(name, now, msgspec.structs.replace(now, pending=version))
+        digest = await asyncio.to_thread(_digest, made.path)
+        pending = await self._write(
+            name, now, msgspec.structs.replace(now, pending=version, pending_digest=digest)
+        )  # fmt: skip
         if pending.pending != version:  # somebody stopped it
             return
         try:
             await asyncio.to_thread(self._repository.commit, made.path, name, version)
         except RepositoryError:  # somebody's push was faster: it is seen when the adjustment is looked at again
-            await self._write(name, pending, msgspec.structs.replace(pending, pending=""))
+            await self._write(name, pending, msgspec.structs.replace(pending, pending="", pending_digest=""))
             raise
         await self._put(name, pending, version, made.accuracy)
 
@@ -178,7 +193,7 @@ class Adjuster:
             return
         step = now.step + 1
         after = msgspec.structs.replace(
-            now, version=version, pending="", step=step,
+            now, version=version, pending="", pending_digest="", step=step,
             next_s=max(now.next_s, self._clock()) + now.plan.every_s,
         )  # fmt: skip
         after = movements.decided(after, self._clock(), f"step {step} of {now.plan.steps} serves", accuracy)
@@ -239,7 +254,9 @@ class Adjuster:
             if there is None or there.started_s != before.started_s:
                 return plan
             if not there.running:  # asked to stop meanwhile: what was done is noted, and no more
-                after_stop = msgspec.structs.replace(there, version=after.version, step=after.step, pending="")
+                after_stop = msgspec.structs.replace(
+                    there, version=after.version, step=after.step, pending="", pending_digest=""
+                )
                 return msgspec.structs.replace(plan, adjustment=after_stop)
             return msgspec.structs.replace(plan, adjustment=after)
 
@@ -298,6 +315,14 @@ class Adjuster:
             if isinstance(model, Servable) and model.manifest.fit == fit:
                 return model
         return load(self._repository.find_base(name, now.version) or self._repository.find(name).versions[now.version])
+
+
+def _digest(artifact: pathlib.Path) -> str:
+    """Of its manifest, which names all that it holds; empty if that cannot be read."""
+    try:
+        return hashlib.sha256(listing_of(artifact)[1]).hexdigest()
+    except ArtifactError:
+        return ""
 
 
 def check_target(folder: pathlib.Path, current: pathlib.Path, *, nearest: bool) -> None:

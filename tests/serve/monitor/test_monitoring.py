@@ -8,7 +8,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serve_fakes import exchange
+from serve_fakes import Affine, affine_binary, connect, exchange, raw_request, read_response
 
 import lepton_xla as lx
 from lepton_xla.profiles import Sketch, profile_of
@@ -156,6 +156,28 @@ def pushed(folder, classes, known):
     path = folder / "m" / "1.lepton"
     shutil.rmtree(path, ignore_errors=True)
     (artifact if known is None else artifact.with_profile([{"x": known}])).save(path)
+
+
+def test_a_rule_sees_the_rows_that_wait_now(make_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.02)
+    (tmp_path / "alerts.toml").write_text("[[rule]]\nname = 'full'\nwhen = 'queue > 2'")
+    affine = Affine()
+    server = make_server(affine, alerts=tmp_path / "alerts.toml")
+    affine.gate.clear()
+    affine.running.clear()
+    body, fields = affine_binary(np.ones((3, 4)), [1] * 3)
+
+    def state():
+        return [each["state"] for each in call(server, "GET", "/v2/alerts")[1]["alerts"]]
+
+    with connect(server) as running, connect(server) as waiting:
+        running.sendall(raw_request("POST", "/v2/models/affine/infer", body, fields))
+        assert affine.running.wait(5)
+        waiting.sendall(raw_request("POST", "/v2/models/affine/infer", body, fields))
+        until(lambda: state() == ["firing"])
+        affine.gate.set()
+        assert read_response(running)[0] == read_response(waiting)[0] == 200
+    until(lambda: state() == ["ok"])
 
 
 @pytest.mark.parametrize("known", [KNOWN[:600] + 50, None], ids=["another profile", "none"])

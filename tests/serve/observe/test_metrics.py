@@ -153,6 +153,17 @@ def test_time_is_counted_for_each_request_of_a_batch(make_server, affine):
     assert 4 * batch["compute_infer"]["ns"] == pytest.approx(times["compute_infer"]["ns"], abs=8)
 
 
+@pytest.mark.parametrize("answers", [3, 100])
+def test_some_counts_are_those_of_all(answers):
+    some, whole = (ServerMetrics().of("m", "1") for _ in range(2))
+    for metrics in (some, whole):
+        for number in range(answers):
+            metrics.answered(number * 1e-4, 10, 20)
+    names = {"request_s", "failures", "shadow"}
+    assert some.counts(names) == {name: value for name, value in whole.counts().items() if name in names}
+    assert some.counts() == whole.counts()
+
+
 def test_what_waits_is_shown(server, affine):
     affine.gate.clear()
     affine.running.clear()

@@ -195,6 +195,13 @@ def test_classes_are_compared_where_there_are_classes(dtype):
     assert agreed(servable, ["sizes"], different[:1], different[1:]) == 1
 
 
+def test_an_answer_of_nan_agrees_with_no_class():
+    one, nan = np.float32([[2, 1, 0], [1, 2, 0], [0, 1, 2]]), np.full((3, 3), np.nan, np.float32)
+    servable = Made(scores=(("batch", 3), "float32"))
+    assert agreed(servable, ["scores"], [one], [nan]) == 0
+    assert agreed(servable, ["scores"], [nan], [nan]) == 3
+
+
 def test_numbers_are_compared_within_two_percent():
     one = np.float32([[1, 100], [1, 100], [np.nan, 100]])
     other = np.float32([[1.01, 99], [1.5, 100], [np.nan, 100]])

@@ -1,5 +1,6 @@
 """Adjustments: a server moves its weights towards others in steps, as long as accuracy holds."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -204,23 +205,42 @@ def test_kill_9_in_the_middle_and_it_goes_on(repository, made, flags):
             assert time.monotonic() < until
 
 
-@pytest.mark.parametrize("put", [False, True])
-def test_a_server_that_was_killed_around_a_step_makes_it_once(repository, made, monkeypatch, put):
-    monkeypatch.setattr(frontend, "_LOOK_S", 0.02)
+def killed_around_a_step(repository, made):
+    """What a server leaves that is killed before it puts its first step, and where that is."""
     asked = AdjustmentRequest(manifest="0" * 64, alpha=0.5, steps=2, every_s=0.0)
-
-    def begin(plan, found):
-        begun = movements.begun(plan, found, asked, "me", time.time())
-        return msgspec.structs.replace(begun, adjustment=msgspec.structs.replace(begun.adjustment, pending="2"))
-
-    repository.replan("m", begin)
     target = movements.folder_of(repository.root, "m") / movements.TARGET
     target.parent.mkdir()
     shutil.copytree(made / "better.lepton", target)
-    once = move_weights(RIGHT, BETTER, 0.5)
+    once, step = move_weights(RIGHT, BETTER, 0.5), target.parent / "step.lepton"
+    requantize(made / "base.lepton", once).save(step)
+    digest = hashlib.sha256((step / "manifest.json").read_bytes()).hexdigest()
+
+    def begin(plan, found):
+        begun = movements.begun(plan, found, asked, "me", time.time())
+        pending = msgspec.structs.replace(begun.adjustment, pending="2", pending_digest=digest)
+        return msgspec.structs.replace(begun, adjustment=pending)
+
+    repository.replan("m", begin)
+    return once, step
+
+
+def test_what_another_pushed_with_the_number_of_a_step_is_not_taken_for_it(repository, made, monkeypatch):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.02)
+    killed_around_a_step(repository, made)
+    repository.push(made / "worse.lepton", "m", "2")
+    options = Options(port=0, repository_poll_s=0.05)
+    with Server(options=options, repository=repository.root) as server, RepositoryClient(server.url) as client:
+        wait(lambda: client.adjustment("m")["state"] == "stopped")
+        shown = client.adjustment("m")
+        assert (shown["step"], shown["reason"]) == (0, "version 2 was put in the place of version 1")
+
+
+@pytest.mark.parametrize("put", [False, True])
+def test_a_server_that_was_killed_around_a_step_makes_it_once(repository, made, monkeypatch, put):
+    monkeypatch.setattr(frontend, "_LOOK_S", 0.02)
+    once, step = killed_around_a_step(repository, made)
     if put:
-        requantize(made / "base.lepton", once).save(target.parent / "step.lepton")
-        repository.push(target.parent / "step.lepton", "m", "2")
+        repository.push(step, "m", "2")
     options = Options(port=0, repository_poll_s=0.05)
     with Server(options=options, repository=repository.root) as server, RepositoryClient(server.url) as client:
         wait(lambda: client.adjustment("m")["state"] == "done")
