@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import harness
@@ -38,6 +38,8 @@ ZIPF = 1.1
 WIDTH = 1000
 TARGET_MEMORY, TARGET_HOT, TARGET_THROUGHPUT = 0.1, 2.0, 0.9
 TINY = "tiny"
+# Of requests that are a batch each, which are larger.
+WHOLE_CONNECTIONS = 16
 
 INTRODUCTION = (
     "## Many models\n\n"
@@ -49,7 +51,9 @@ INTRODUCTION = (
     "Throughput: the same requests to one model and to several in turn, each connection with one request at a "
     "time. The server has one core fewer than the machine. Requests of several models make smaller batches, and each "
     "batch is an execution, which is what costs: below several models stands one whose batches may have no more rows "
-    "than theirs have on average, up to the next compiled size."
+    "than theirs have on average, up to the next compiled size: what it reaches is the most that several can. Requests "
+    "that have as many rows as a batch takes make the same batches whoever they are for, so there the price of several "
+    "models is all that differs."
 )
 
 
@@ -261,23 +265,30 @@ def _note(failed: asyncio.Future[str], said: str) -> None:
         failed.set_result(said)
 
 
+def requests_of(names: Sequence[str], payload: Payload) -> list[bytes]:
+    """A request to each model."""
+    body, fields = payload.oip()
+    return [
+        f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n".encode()
+        + "".join(f"{key}: {value}\r\n" for key, value in fields.items()).encode() + b"\r\n" + body
+        for name in names
+    ]  # fmt: skip
+
+
 def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[int], seconds: float) -> dict[str, Any]:
     """Requests per second of one model and of several, and rows of a batch, by connections: medians of three rounds."""
     path, payload = payloads.first10(folder, quick=False)
     names = [f"m{index:02}" for index in range(max(counts))]
     for name in names:
         link(path, folder / "MODELS", name)
-    body, fields = payload.oip()
-    requests = [
-        f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n".encode()
-        + "".join(f"{key}: {value}\r\n" for key, value in fields.items()).encode() + b"\r\n" + body
-        for name in names
-    ]  # fmt: skip
+    requests = requests_of(names, payload)
+    sizes_compiled = lx.load(path).buckets["batch"]
+    whole = requests_of(names, Payload(payload.model, _repeated(payload.rows, sizes_compiled[-1]), payload.outputs))
     server = serve(folder / "MODELS", Payload(names[0], payload.rows, payload.outputs))
     found: dict[str, dict[str, float]] = {}
     batches: dict[str, dict[str, float]] = {}
     alike: dict[str, dict[str, list[float]]] = {}
-    sizes_compiled = lx.load(path).buckets["batch"]
+    whole_rates: dict[int, list[float]] = {count: [] for count in counts}
 
     def measured(asked: Sequence[bytes], at_once: int) -> tuple[float, float]:
         before = _batches(server)
@@ -305,9 +316,20 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
                     of_three = [measured(requests[:1], at_once) for _ in range(3)]
                     alike[str(at_once)][str(count)] = [most, *(float(each) for each in np.median(of_three, axis=0))]
                 _limit(server, names[0], sizes_compiled[-1])
+            for _ in range(3):
+                for count in counts:
+                    whole_rates[count].append(measured(whole[:count], WHOLE_CONNECTIONS)[0])
     finally:
         server.stop()
-    return {"rates": found, "batches": batches, "alike": alike}
+    of_whole = {str(count): float(np.median(each)) for count, each in whole_rates.items()}
+    return {
+        "rates": found, "batches": batches, "alike": alike,
+        "whole": {"rows": sizes_compiled[-1], "connections": WHOLE_CONNECTIONS, "rates": of_whole},
+    }  # fmt: skip
+
+
+def _repeated(rows: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    return {name: np.repeat(each, count, axis=0) for name, each in rows.items()}
 
 
 def _limit(server: Server, name: str, rows: int) -> None:
@@ -376,4 +398,12 @@ def tables(found: Any) -> list[str]:
             "rows of a batch",
         )  # fmt: skip
         made.append(harness.markdown(header, lines))
+        whole = found["shared"].get("whole")
+        if whole is not None:
+            header = ("connections", "models", "requests/s", f"of one model's (at least {TARGET_THROUGHPUT:g})")
+            made.append(f"Requests of {whole['rows']} rows, as many as a batch takes:")
+            made.append(harness.markdown(header, [
+                (whole["connections"], count, f"{per_s:,.0f}", f"{per_s / whole['rates']['1']:.2f}")
+                for count, per_s in whole["rates"].items()
+            ]))  # fmt: skip
     return made
