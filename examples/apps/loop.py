@@ -75,7 +75,7 @@ def tuned(target: str, folder: pathlib.Path, name: str, *limits: object) -> dict
     """
     found = leptonx(
         "tune", target, "--objective", "bytes", *limits, "-o", folder / "recipe.toml", "--report",
-        folder / "tune.html", "--journal", folder / "tuning.jsonl",
+        folder / "tune.html", "--journal", folder / "tuning.jsonl", "--new-journal",
     )  # fmt: skip
     leptonx(
         "compile", target, "--recipe", folder / "recipe.toml", "--name", name, "--keep-master", "-o",

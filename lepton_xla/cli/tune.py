@@ -76,8 +76,13 @@ if TYPE_CHECKING:
     help="Keep what is measured here. The same command goes on where a killed one was, and other constraints start "
     "from what is there.",
 )
+@click.option(
+    "--new-journal",
+    is_flag=True,
+    help="Put a journal of another model, other data or another version aside, as FILE.jsonl.old, and begin a new one.",
+)
 @click.option("-o", "--output", metavar="FILE.toml", help="Write the best recipe here, for leptonx compile --recipe.")
-@click.option("--artifact", metavar="PATH", help="Compile the best into an artifact, trained again if it was trained.")
+@click.option("--artifact", metavar="PATH", help="Compile the best into an artifact.")
 @click.option(
     "--key",
     type=click.Path(),
@@ -125,6 +130,7 @@ def tune(
     buckets: tuple[str, ...],
     seed: int,
     journal: str | None,
+    new_journal: bool,
     output: str | None,
     artifact: str | None,
     key: str | None,
@@ -157,6 +163,8 @@ def tune(
         raise click.UsageError("--slo, --rate and --prices belong together")
     if storage is not None and train is None:
         raise click.UsageError("--storage is where trained candidates are kept; give --train too")
+    if new_journal and journal is None:
+        raise click.UsageError("--new-journal is about the file of --journal; give that too")
     if key is not None and artifact is None:
         raise click.UsageError("--key signs the artifact; give --artifact too")
     if artifact is not None:
@@ -210,6 +218,7 @@ def tune(
             progress=step,
             training=training,
             storage=storage,
+            new_journal=new_journal,
         )
         if output is not None and found.best is not None:
             text = found.best.recipe

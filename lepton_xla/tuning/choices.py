@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ CHOICES = (
     Choice("16 levels, 50 % zeros", _stored("codebook16"), 0.5),
     Choice("16 levels, 75 % zeros", _stored("codebook16"), 0.75),
     Choice("16 levels, 90 % zeros", _stored("codebook16"), 0.9),
+    Choice("int8 x int8, 50 % zeros", {"weights": "int8", "activations": "int8"}, 0.5),
 )
 """What each weight may become by default; the first is to leave it as it is."""
 
@@ -96,6 +97,14 @@ class Group:
     sites: tuple[str, ...]
     paths: tuple[str, ...]
     choices: tuple[Choice, ...]
+
+    def only(self, names: Container[str]) -> Group:
+        """The group with the choices of these names.
+
+        >>> Group(("a",), ("w",), CHOICES).only({"float", "int8"}).choices == (CHOICES[0], CHOICES[2])
+        True
+        """
+        return dataclasses.replace(self, choices=tuple(each for each in self.choices if each.name in names))
 
 
 def find_groups(program: Program, choices: Sequence[Choice] = CHOICES) -> tuple[tuple[Group, ...], dict[str, Plan]]:

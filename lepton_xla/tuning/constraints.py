@@ -51,8 +51,9 @@ class Budget:
     """How long to look for a recipe.
 
     Attributes:
-        minutes: for scoring, building, measuring and training together. Nothing is begun that would not end in them, by
-            the last step of its kind; at least one candidate is measured. What there was no time for is told.
+        minutes: for scoring, building, measuring and training together. The first candidate is measured however long
+            that takes; nothing else is begun that would not end in them, by the last step of its kind. What there was
+            no time for is told.
         trials: no more candidates than these are measured; None: as many as there is time for.
         trainings: no more candidates than these are trained, if a training is given; training then has the second half
             of the minutes.

@@ -20,7 +20,7 @@ from lepton_xla.passes.quantization.measurement import Timing, compare
 from lepton_xla.program import Program
 from lepton_xla.trees import name_leaves, tree_bytes
 from lepton_xla.tuning.choices import Group
-from lepton_xla.tuning.pacing import TIMES, Pace
+from lepton_xla.tuning.pacing import STORES, TIMES, Pace
 
 type PerGroup = list[np.ndarray]
 """For each group float64 [choices]."""
@@ -31,8 +31,14 @@ def stored_weights(
     groups: Sequence[Group],
     plans: Mapping[str, Plan],
     progress: Callable[[str, int, int], None] | None = None,
+    pace: Pace | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Store every weight in every format.
+
+    Args:
+        program, groups, plans: as from `find_groups`.
+        progress: called as each format begins.
+        pace: stops where there is no time for more formats; float and one other are always stored.
 
     Returns:
         Name of a choice -> weight path -> what it becomes.
@@ -47,14 +53,20 @@ def stored_weights(
     paths = [path for group in groups for path in group.paths]
     names = list(dict.fromkeys(choice.name for group in groups for choice in group.choices))
     found: dict[str, dict[str, Any]] = {}
+    pace = pace or Pace.endless()
+    until = pace.share_of_rest(STORES)
     for number, name in enumerate(names):
+        if number > 1 and not pace.fits("format", until):
+            pace.skip(f"choices, which no weight gets: {', '.join(names[number:])}")
+            break
         if progress is not None:
             progress(f"store weights as {name}", number, len(names))
         plan, small = plans[name], program
-        if plan.pruned:
-            small = prune(small, plan)
-        if plan.quantized:
-            small = quantize(small, plan)
+        with pace.step("format"):
+            if plan.pruned:
+                small = prune(small, plan)
+            if plan.quantized:
+                small = quantize(small, plan)
         found[name] = {path: small.weights[path] for path in paths}
     return found
 
@@ -102,6 +114,7 @@ def times_of_choices(
     """
     found: list[PerGroup] = []
     pace, left_out = pace or Pace.endless(), 0
+    until = pace.share_of_rest(TIMES)
     for number, at in enumerate(sizes):
         progress("time products", number, len(sizes))
         sites = {site.name: site for site in find_sites(program, sizes=at)}
@@ -123,7 +136,7 @@ def times_of_choices(
                         wanted.append((index, choice_index, (site, rule, at)))
         timings: list[Timing] = []
         for start in range(0, len(wanted), AT_ONCE):
-            if not pace.fits("products", TIMES):
+            if not pace.fits("products", until):
                 break
             with pace.step("products"):
                 timings += compare([each for _, _, each in wanted[start : start + AT_ONCE]], timer)

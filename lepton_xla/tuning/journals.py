@@ -21,14 +21,18 @@ class Journal:
     >>> Journal("found.jsonl", {"model": "b"})
     Traceback (most recent call last):
     lepton_xla.errors.TuningError: found.jsonl: is the journal of another run, which differs in model; ...
+    >>> Journal("found.jsonl", {"model": "b"}, begin_anew=True).get("trial 1")  # the other is found.jsonl.old now
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any], *, begin_anew: bool = False
+    ) -> None:
         """Open a journal, or begin one.
 
         Args:
             path: the file; None keeps everything in memory.
             identity: what its results hold for, JSON; a journal of anything else is refused.
+            begin_anew: whether a journal of anything else is put aside instead, as `PATH.old`, and a new one begun.
 
         Raises:
             TuningError: if it belongs to another model, other data or another seed, or cannot be read or written.
@@ -54,10 +58,16 @@ class Journal:
         if not isinstance(known, dict) or not isinstance(known.get("identity"), dict):
             raise TuningError(f"{self._path}: is no journal of leptonx tune; give another --journal")
         old: dict[str, Any] = known["identity"]
+        if old != head and begin_anew:
+            self._put_aside()
+            self._append({"identity": head})
+            return
         if old != head:
             keys = [key for key in {**old, **head} if old.get(key) != head.get(key)]
+            named = ", ".join("version of lepton_xla" if key == "format" else key for key in keys)
             raise TuningError(
-                f"{self._path}: is the journal of another run, which differs in {', '.join(keys)}; give another journal"
+                f"{self._path}: is the journal of another run, which differs in {named}; give another journal, or "
+                "--new-journal to put this one aside"
             )
         for line in lines[1:]:
             entry = _parsed(line)
@@ -102,6 +112,13 @@ class Journal:
             self._append({"name": name, "found": found})
             self._found[name] = found
         return self._found[name]
+
+    def _put_aside(self) -> None:
+        assert self._path is not None
+        try:
+            self._path.replace(f"{self._path}.old")
+        except OSError as error:
+            raise TuningError(f"{self._path}: the journal cannot be put aside: {error.strerror}") from error
 
     def _truncate(self) -> None:
         assert self._path is not None

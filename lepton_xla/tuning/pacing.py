@@ -9,8 +9,9 @@ from collections.abc import Callable, Generator
 
 from lepton_xla.errors import TuningError
 
-# Shares of the time in which sites are scored and products timed, and how far a step that has begun may go beyond.
-SCORES, TIMES, BEYOND = 0.2, 0.4, 1.1
+# Shares of what is left of the time in which weights are stored in all formats, sites scored and products timed, and
+# how far a step that has begun may go beyond the whole.
+STORES, SCORES, TIMES, BEYOND = 0.15, 0.2, 0.25, 1.1
 
 
 class TimeUpError(TuningError):
@@ -48,6 +49,8 @@ class Pace:
 
     def share_of_rest(self, share: float, until: float = 1.0) -> float:
         """The share of the whole time at which a share of what is left until another will be over."""
+        if math.isinf(self._whole_s):
+            return until
         gone = self.seconds / self._whole_s
         return gone + share * max(until - gone, 0.0)
 
@@ -84,6 +87,19 @@ class Pace:
             TimeUpError: if it will end too far beyond the time.
         """
         if self.seconds + rest_s + reserve_s > BEYOND * self._whole_s:
+            raise TimeUpError("the time was up")
+
+    def left_s(self, reserve_s: float = 0.0) -> float:
+        """Seconds that are left, less those that are needed afterwards."""
+        return self._whole_s - self.seconds - reserve_s
+
+    def check_left(self) -> None:
+        """Check that something may begin.
+
+        Raises:
+            TimeUpError: if no time is left.
+        """
+        if self.seconds >= self._whole_s:
             raise TimeUpError("the time was up")
 
     def skip(self, line: str) -> None:

@@ -65,7 +65,9 @@ class Tuning:
     maker: Callable[[Trial], Program] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def build(self, trial: Trial | None = None) -> Program:
-        """Build a trial's program again, ready for `compile`: trained with the same seed if it was trained.
+        """Build a trial's program again, ready for `compile`.
+
+        The best that this run trained is taken as it was trained; others are trained again, with the same seed.
 
         Args:
             trial: one that was measured; by default the best.

@@ -87,8 +87,9 @@ def output_errors(
     totals = [np.zeros(len(group.choices)) for group in groups]
     size = 0.0
     pace = pace or Pace.endless()
+    until = pace.share_of_rest(SCORES)
     for number, batch in enumerate(batches):
-        if number and not pace.fits("batch", SCORES):
+        if number and not pace.fits("batch", until):
             pace.skip(f"scores by {len(batches) - number} of {len(batches)} batches of calibration data")
             break
         say("score every choice at every site", number, len(batches))
@@ -99,7 +100,7 @@ def output_errors(
             probes: list[Any] = []
             with pace.step("batch"):
                 for key in keys:
-                    if probes and not number and not pace.fits("probe", SCORES):
+                    if probes and not number and not pace.fits("probe", until):
                         break
                     with pace.step("probe"):
                         probes.append(jax.device_get(run(program.weights, stored, key, *inputs)))

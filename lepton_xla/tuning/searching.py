@@ -10,29 +10,26 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lepton_xla.arguments import takes
 from lepton_xla.compiler.weights import stored_bytes
 from lepton_xla.errors import CalibrationError, TuningError
 from lepton_xla.modelspec import Predict
 from lepton_xla.optimization.pipeline import grid, plan_for, told_by_xla
 from lepton_xla.passes.core.calibration import as_batches
-from lepton_xla.passes.core.timing import Timer, time_programs
+from lepton_xla.passes.core.timing import Timer
 from lepton_xla.program import Program
 from lepton_xla.recipe import Recipe, to_toml
 from lepton_xla.train import TrainSpec
-from lepton_xla.trees import name_leaves, tree_bytes
-from lepton_xla.tuning.candidates import FIRST_ERROR, Candidates, Estimates
-from lepton_xla.tuning.choices import CHOICES, Choice, Group, Methods, find_groups, recipe_of
+from lepton_xla.trees import name_leaves
+from lepton_xla.tuning.candidates import FIRST_ERROR, Candidates
+from lepton_xla.tuning.choices import CHOICES, Choice, Group, Methods, recipe_of
 from lepton_xla.tuning.constraints import Budget, Constraints, Objective, check_objective
-from lepton_xla.tuning.costs import bytes_of_choices, stored_weights, times_of_choices
+from lepton_xla.tuning.estimating import estimated
 from lepton_xla.tuning.journals import Journal
 from lepton_xla.tuning.judging import Judge
 from lepton_xla.tuning.pacing import Pace, TimeUpError
 from lepton_xla.tuning.results import Stop, Tuning
-from lepton_xla.tuning.scores import output_errors
-from lepton_xla.tuning.studies import Study, imported_optuna, objectives_of, training_key
+from lepton_xla.tuning.studies import Settings, Study, imported_optuna, objectives_of, training_key
 from lepton_xla.tuning.trainings import Trainer, first_of, ranges_of
 from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 
@@ -40,7 +37,10 @@ from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
 ANY_TIME = Budget()
 # Of what a journal keeps; changes with the fields of a trial.
-FORMAT = 5
+FORMAT = 6
+# A training that takes the time that is left may have this many times the steps that were given, and must have this
+# many times those that it had; time is planned as if everything took this much longer than before.
+LONGEST, ENOUGH_MORE, CAREFUL = 8.0, 1.5, 1.15
 type Progress = Callable[[str, int, int], None]
 
 
@@ -65,6 +65,7 @@ def tune(
     progress: Progress | None = None,
     training: TrainSpec | None = None,
     storage: str | None = None,
+    new_journal: bool = False,
 ) -> Tuning:
     """Find the recipe that is best at an objective and keeps to constraints, both by measurement.
 
@@ -79,7 +80,8 @@ def tune(
         data: calibration data: input dicts, all held in memory.
         constraints: what to keep to.
         objective: what is to be least.
-        budget: how long to look; one preset and one choice are measured however long that takes.
+        budget: how long to look; one candidate is measured however long that takes, nothing else is begun that would
+            not end in time.
         metric: the metric of drops; by default `accuracy` if there is one, else the first.
         lower_is_better: whether it is a loss.
         buckets: symbolic dimension -> sizes the program will be compiled for; calls are timed at all of them.
@@ -91,11 +93,15 @@ def tune(
         progress: called with what begins, and how many trials of how many are done.
         training: data, optimizer, steps and loss by which candidates may be trained from the float model's weights,
             folded; its own model and compression are not used, nor its checkpoints and logs. Half of the minutes are
-            then for trained candidates. Their settings are chosen by Optuna (the extra `tune`). Without a loss of its
-            own they learn from the float model's logits and from labels.
+            then for trained candidates. Their settings are chosen by Optuna (the extra `tune`). If none of them keeps
+            to the constraints after half of that, the nearest is trained again for as many steps as there is time
+            for, up to 8 times those of the training. Without a loss of its own they learn from the float model's
+            logits and from labels.
         storage: where Optuna keeps what was trained: a file, or the URL of a database such as `sqlite:///study.db`. By
             default `JOURNAL.optuna`, beside the journal. Processes that share it, on several machines too, share the
             trials; each has its own journal, or none.
+        new_journal: whether a journal of another model, other data or another version is put aside as `JOURNAL.old`,
+            and a new one begun, instead of being refused.
 
     Returns:
         The best trial and all others. Ctrl-C ends the search, not the program: the best so far is returned.
@@ -152,7 +158,7 @@ def tune(
         "machine": timer.target.digest,
         "seed": seed,
     }
-    kept = Journal(journal, identity)
+    kept = Journal(journal, identity, begin_anew=new_journal)
     shop = Workshop(program, batches, asked, sizes, judge, timer)
     search = _Search(shop, constraints, objective, budget, kept, unpack, say, pace)
     trainer = None
@@ -163,12 +169,16 @@ def tune(
     float_bytes = stored_bytes(name_leaves(program.weights))
     estimates = None
     try:
-        estimates = _estimated(shop, choices, kept, seed, unpack, float_bytes, say, pace)
-        _check_reachable(estimates, constraints)
+        estimates = estimated(
+            shop, choices, constraints, kept, seed=seed, unpack=unpack, float_bytes=float_bytes, say=say, pace=pace,
+            first=lambda: search.begin(recipes),
+        )  # fmt: skip
         candidates = Candidates(estimates, constraints, objective)
         search.run(candidates, recipes, 0.5 if trainer is not None else 1.0)
         if trainer is not None:
             search.train(candidates, trainer, kept, storage)
+    except TimeUpError:
+        search.end(recipes)
     except KeyboardInterrupt:
         search.stopped = "interrupted"
     return Tuning(
@@ -186,83 +196,17 @@ def tune(
         seconds=pace.seconds,
         skipped=tuple(dict.fromkeys(pace.skipped)),
         judge=judge,
-        maker=functools.partial(_built, shop, trainer),
+        maker=functools.partial(_built, shop, trainer, search.made),
     )
 
 
-def _built(shop: Workshop, trainer: Trainer | None, trial: Trial) -> Program:
+def _built(shop: Workshop, trainer: Trainer | None, made: Mapping[str, Program], trial: Trial) -> Program:
     if not trial.training:
         return shop.build(trial)
+    if trial.name in made:
+        return shop.build(trial, lambda _recipe: made[trial.name])
     assert trainer is not None
     return shop.build(trial, lambda recipe: trainer.train(recipe, trial.training, lambda _drop: None))
-
-
-def _estimated(
-    shop: Workshop,
-    choices: Sequence[Choice],
-    kept: Journal,
-    seed: int,
-    unpack: str,
-    float_bytes: int,
-    say: Progress,
-    pace: Pace,
-) -> Estimates:
-    """What each choice for each group is estimated to do and to cost; from the journal if it is there."""
-    say("find sites", 0, 0)
-    program, _ = plan_for(shop.program, Recipe(), buckets=shop.buckets)
-    groups, plans = find_groups(program, choices)
-    if not groups:
-        raise TuningError("the model has no weight that could be stored otherwise")
-
-    def plain(found: Sequence[np.ndarray]) -> list[list[float]]:
-        return [each.tolist() for each in found]
-
-    def scored() -> dict[str, Any]:
-        stored = stored_weights(program, groups, plans, say)
-        on_disk, in_memory = bytes_of_choices(groups, stored)
-        errors = output_errors(program, groups, plans, shop.batches, stored, seed=seed, progress=say, pace=pace)
-        return {"error": plain(errors), "bytes": plain(on_disk), "memory": plain(in_memory)}
-
-    scores = kept.within("scores", pace, scored)
-    unpacks = unpack == "measured"
-    times = kept.within(
-        f"times, unpack {unpack}",
-        pace,
-        lambda: [
-            plain(each)
-            for each in times_of_choices(
-                program, groups, plans, shop.sizes, shop.timer, unpacks=unpacks, progress=say, pace=pace
-            )
-        ],
-    )
-    whole = kept.once(
-        "whole program",
-        lambda: [
-            time_programs([(shop.program.fn, shop.program.weights)], shop.program.abstract_inputs(at), shop.timer)[0]
-            for at in shop.sizes
-        ],
-    )
-    costs: dict[str, Any] = dict(scores)
-    costs |= {f"us@{index}": each for index, each in enumerate(times)}
-    arrays = {kind: [np.asarray(each, np.float64) for each in found] for kind, found in costs.items()}
-    fixed = {"error": 0.0, **{f"us@{index}": us for index, us in enumerate(whole)}}
-    for kind, all_bytes in (("bytes", float_bytes), ("memory", tree_bytes(program.weights))):
-        fixed[kind] = all_bytes - sum(float(each[0]) for each in arrays[kind])
-    return Estimates(groups, arrays, fixed)
-
-
-def _check_reachable(estimates: Estimates, constraints: Constraints) -> None:
-    """Refuse bytes that no choice reaches: they are counted, so there is nothing to measure."""
-    for kind, limit, name in (
-        ("bytes", constraints.max_bytes, "max_bytes"),
-        ("memory", constraints.max_memory, "max_memory"),
-    ):
-        least = estimates.fixed[kind] + sum(float(each.min()) for each in estimates.costs[kind])
-        if limit is not None and limit < 0.98 * least:
-            raise TuningError(
-                f"{name} = {limit:,} cannot be kept to: with every weight in its smallest form the model takes "
-                f"{round(least):,} bytes; allow that, or give more choices"
-            )
 
 
 class _Search:
@@ -283,7 +227,11 @@ class _Search:
         self._objective: Objective = objective
         self._budget, self._kept, self._unpack, self._say = budget, kept, unpack, say
         self._pace = pace
+        # Seconds that the steps of a training took for each length of the training's own, and all else of the trial.
+        self._took: dict[str, tuple[float, float]] = {}
         self.trials: dict[str, Trial] = {}
+        # The trained program of the best, by name.
+        self.made: dict[str, Program] = {}
         self.stopped: Stop = "done"
 
     @property
@@ -300,8 +248,20 @@ class _Search:
             measured, key=lambda t: (t.excess(self._constraints), t.value(self._objective)), default=None
         )
 
+    def begin(self, presets: Sequence[Recipe]) -> None:
+        """Measure the first preset, however long that takes, so that something is measured before time is short."""
+        for recipe in presets[:1]:
+            self._measured(recipe.replace(unpack=self._unpack), "preset", {}, {}, 1.0)
+
+    def end(self, presets: Sequence[Recipe]) -> None:
+        """Note that there was no time for anything after the first preset."""
+        self.stopped = "time"
+        self._pace.skip("all candidates but presets")
+        if presets[1:]:
+            self._pace.skip(f"presets: {', '.join(recipe.name for recipe in presets[1:])}")
+
     def run(self, candidates: Candidates, presets: Sequence[Recipe], share: float) -> None:
-        """Measure the presets, then what is chosen, in a share of the time; at least one of each."""
+        """Measure the presets, then what is chosen, in a share of the time."""
         # A preset may unpack; what is limited is memory, so it may not here.
         waiting = [recipe.replace(unpack=self._unpack) for recipe in presets]
         half = self._pace.share_of_rest(0.5, share)
@@ -343,24 +303,59 @@ class _Search:
         )
         self.trials |= study.done
         self.stopped = "trials"
+        half = self._pace.share_of_rest(0.5)
         while study.count < self._budget.trainings:
-            if not self._fits("training") or not self._trained(
-                study, candidates, trainer, f"training {study.count + 1}"
-            ):
+            early = self._best_trained is not None or self._fits("training", half)
+            longer = None if early else self._longer(study)
+            ended = (longer is not None or self._fits("training")) and self._trained(study, candidates, trainer, longer)
+            if not ended:
                 self.stopped = "time"
                 self._pace.skip(f"{self._budget.trainings - study.count} of {self._budget.trainings} trainings")
                 return
             self.trials |= study.done  # those of other processes too
         self.trials |= study.done  # what another process ended since
 
-    def _trained(self, study: Study, candidates: Candidates, trainer: Trainer, number: str) -> bool:
-        """Train a candidate and measure it; False if there was no time to end it."""
-        asked = study.ask()
+    @property
+    def _best_trained(self) -> Trial | None:
+        """The best trained trial that keeps to all constraints."""
+        holding = [each for each in self.trials.values() if each.training and each.excess(self._constraints) == 0]
+        return min(holding, key=lambda trial: trial.value(self._objective), default=None)
+
+    def _longer(self, study: Study) -> tuple[Settings, float] | None:
+        """The settings of the nearest of what was trained, and its steps if it takes all the time that is left.
+
+        None if they are too few more than it had. What looked best after few steps gets the most, as in successive
+        halving (Jamieson and Talwalkar 2016).
+        """
+        trained = [each for each in self.trials.values() if each.training and not each.failure]
+        if not trained:
+            return None
+        nearest = min(trained, key=lambda each: (each.excess(self._constraints), each.value(self._objective)))
+        had = nearest.training["steps"]
+        each_s, other_s = self._took.get(nearest.name, (nearest.seconds / had, 0.0))
+        left = self._pace.left_s(self._reserve_s) - CAREFUL * other_s
+        steps = min(LONGEST, math.floor(10 * left / each_s / CAREFUL) / 10)
+        settings = study.settings_of(nearest)
+        if steps < ENOUGH_MORE * had or settings is None:
+            return None
+        return settings, steps
+
+    def _trained(
+        self, study: Study, candidates: Candidates, trainer: Trainer, longer: tuple[Settings, float] | None
+    ) -> bool:
+        """Train a candidate and measure it: settings that were tried, for more steps, or what the study asks for.
+
+        False if there was no time to end it.
+        """
+        number = f"training {study.count + 1}"
+        asked = study.ask() if longer is None else None
+        asked_for = asked.settings if asked is not None else longer[0] if longer is not None else {}
         smallest, largest = candidates.error_range
-        removed = asked.settings.get("channels", 0.0)
-        picked = candidates.within(smallest * (largest / smallest) ** asked.settings["error"], removed=removed)
+        removed = asked_for.get("channels", 0.0)
+        picked = candidates.within(smallest * (largest / smallest) ** asked_for["error"], removed=removed)
         recipe, described = self._recipe(candidates.named(picked), Methods())
-        settings = {name: asked.settings[name] for name in trainer.names(recipe)}
+        settings = {name: asked_for[name] for name in trainer.names(recipe)}
+        settings |= {"steps": longer[1]} if longer is not None else {}
         key = training_key(to_toml(recipe), settings, trainer.digest)
         recipe = recipe.replace(name=f"trained-{key[-8:]}")
         expected = candidates.expected(picked, removed=removed)
@@ -371,9 +366,13 @@ class _Search:
             self._say(f"{self._so_far()}; {number}, {recipe.name}: {line}", study.count, self._budget.trainings)
 
         def check(drop: float) -> None:
-            study.check(asked, expected["latency" if self._objective == "latency" else "bytes"], drop, allowed)
+            if asked is not None:  # of others that had as many steps
+                study.check(asked, expected["latency" if self._objective == "latency" else "bytes"], drop, allowed)
+
+        each_s = 0.0
 
         def train() -> Program:
+            nonlocal each_s
             say("train")
             first: list[float] = []
 
@@ -384,7 +383,11 @@ class _Search:
                 rest = (self._pace.seconds - began) / (share - done) * (1 - share) if share > done else 0.0
                 self._pace.check(reserve_s=self._reserve_s, rest_s=rest)
 
-            return trainer.train(recipe, settings, check, at)
+            program = trainer.train(recipe, settings, check, at)
+            share, began = first or (0.0, self._pace.seconds)
+            each_s = (self._pace.seconds - began) / (1 - share) if share < 1 else 0.0
+            self.made[recipe.name] = program
+            return program
 
         try:
             found = self._kept.once(
@@ -400,10 +403,17 @@ class _Search:
                 ).to_json(),
             )
         except TimeUpError:
-            study.give_up(asked)
+            if asked is not None:
+                study.give_up(asked)
             return False
         trial = self.trials[key] = Trial.of_json(found)
-        study.tell(asked, key, trial, *objectives_of(trial, self._objective, self._constraints))
+        if each_s:
+            self._took[trial.name] = (each_s / settings["steps"], max(trial.seconds - each_s, 0.0))
+        self.made = {name: each for name, each in self.made.items() if self.best and name == self.best.name}
+        if asked is not None:
+            study.tell(asked, key, trial, *objectives_of(trial, self._objective, self._constraints))
+        elif key not in study.done:
+            study.tell_longer(asked_for, key, trial)
         if trial.origin != "stopped":
             self._pace.took("training", trial.seconds)
         return True
@@ -412,7 +422,10 @@ class _Search:
     def _reserve_s(self) -> float:
         """Seconds that are needed to build the best again."""
         best = self.best
-        return best.seconds if self._budget.rebuild and best is not None else 0.0
+        if not self._budget.rebuild or best is None:
+            return 0.0
+        # What was trained need not be trained again.
+        return self._took.get(best.name, (0.0, best.seconds))[1] if best.name in self.made else best.seconds
 
     def _fits(self, kind: str, until: float = 1.0) -> bool:
         return self._pace.fits(kind, until, reserve_s=self._reserve_s)

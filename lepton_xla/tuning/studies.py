@@ -126,6 +126,15 @@ class Study:
                 return asked
             self._study.tell(asked.handle, state=states.FAIL)
 
+    @_told
+    def settings_of(self, trial: Trial) -> Settings | None:
+        """The settings that a trial that has ended was asked with; None if it is not of this study."""
+        name = trial.name
+        for each in self._study.get_trials(deepcopy=False):
+            if each.user_attrs.get("found", {}).get("name") == name:
+                return {key: float(value) for key, value in each.params.items()}
+        return None
+
     def _drawn(self) -> Asked:
         # The sampler of a trial depends on its number only, so a run that goes on draws what it would have drawn.
         number = self._seed + 1000 * len(self._study.trials)
@@ -176,6 +185,24 @@ class Study:
         else:
             asked.handle.set_constraint("excess", excess)
             self._study.tell(asked.handle, list(values))
+
+    @_told
+    def tell_longer(self, settings: Settings, key: str, trial: Trial) -> None:
+        """Take what became of settings that were tried before, when they were tried for longer.
+
+        Optuna learns nothing from it: all else was tried for as long as it asked for.
+        """
+        optuna = self._optuna
+        ranges = {
+            name: optuna.distributions.FloatDistribution(low, high, log=log)
+            for name, (low, high, log) in self._ranges.items()
+        }
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.FAIL, params=settings, distributions=ranges,
+                user_attrs={"key": key, "found": trial.to_json()},
+            )
+        )  # fmt: skip
 
     @_told
     def give_up(self, asked: Asked) -> None:

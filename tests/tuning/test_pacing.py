@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
 from test_trainings import SPEC
@@ -10,7 +11,7 @@ from test_tune import FEW, PROGRAM, Watch, X, found
 
 from lepton_xla.passes.quantization.measurement import Timing
 from lepton_xla.recipe import to_toml
-from lepton_xla.tuning import CHOICES, Budget, Trial, costs, searching
+from lepton_xla.tuning import CHOICES, Budget, Constraints, Trial, costs, scores, searching
 from lepton_xla.tuning.candidates import Estimates
 from lepton_xla.tuning.choices import find_groups
 from lepton_xla.tuning.costs import stored_weights
@@ -46,7 +47,7 @@ def paced(clock, monkeypatch):
     made_up["memory"] = made_up["bytes"]
     arrays = {kind: [np.array(each)] * len(groups) for kind, each in made_up.items()}
     estimates = Estimates(groups, arrays, {"error": 0.0, "bytes": 0.0, "memory": 0.0, "us@0": 100.0})
-    monkeypatch.setattr(searching, "_estimated", lambda *_: estimates)
+    monkeypatch.setattr(searching, "estimated", lambda *_a, **_k: estimates)
 
     def run(seconds, **changes):
         each, began = iter(seconds), []
@@ -133,6 +134,97 @@ def test_a_training_that_would_not_end_is_given_up_early(paced, clock, monkeypat
     assert any(trial.training for trial in tuned.trials)
 
 
+def test_what_looks_best_is_trained_for_all_the_time_that_is_left(paced, clock, monkeypatch):
+    pytest.importorskip("optuna")
+    trained = []
+
+    def train(self, recipe, settings, check, at):
+        trained.append((clock.now, settings["steps"], settings["channels"]))
+        for share in (0.125, 1.0):
+            clock.now += 80 * settings["steps"] * (share - (0.125 if share == 1.0 else 0))
+            at(share)
+        check(9.0)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    # Nothing is as small as it should be, and what is measured later is smaller.
+    limits = Constraints(max_drop=5.0, max_bytes=300)
+    tuned, _ = paced([100.0, *[20.0] * 9], training=SPEC, constraints=limits, budget=Budget(MINUTES, trials=1))
+    starts, steps, channels = zip(*trained, strict=True)
+    assert starts == (100, 200, 300)  # to half of the rest, 350 s, as long as they are expected to end by then
+    assert steps == (1, 1, 3.0)
+    assert channels == (0.15, 0.0, 0.0)
+    assert 500 < clock.now <= 600
+    assert tuned.stopped == "time"
+    assert [trial.training["steps"] for trial in tuned.trials if trial.training] == list(steps)
+
+
+@pytest.mark.parametrize("longest", [40.0, 700.0, 5000.0])
+def test_minutes_hold_within_a_candidate_however_long_each_step_takes(clock, monkeypatch, longest):
+    random, steps = np.random.default_rng(0), []
+
+    def step(kind, share=1.0):
+        steps.append(kind)
+        clock.now += share * longest * random.uniform(0.5, 1.0)
+
+    def measure(self, recipe, _max_drop, say, **described):
+        for line in ("evaluate", "time calls"):
+            step("candidate", 0.5)
+            say(line)
+        measured = {"judged": 1.0, "reported": Drop(0.0, -1.0, 1.0, 300, 0), "bytes": 500 - len(steps), "memory": 500}
+        trial = Trial(recipe.name, to_toml(recipe), **described, **measured)
+        return dataclasses.replace(trial, us=(80.0,), float_us=(100.0,), seconds=longest)
+
+    class Probed:  # each probe ends by fetching what it found
+        def __getattr__(self, name):
+            return getattr(jax, name)
+
+        def device_get(self, found):
+            step("probe")
+            return jax.device_get(found)
+
+    monkeypatch.setattr(searching.Workshop, "measure", measure)
+    monkeypatch.setattr(costs, "quantize", lambda *a, store=costs.quantize: step("format", 0.1) or store(*a))
+    monkeypatch.setattr(scores, "jax", Probed())
+    monkeypatch.setattr(
+        costs, "compare", lambda wanted, _: step("products") or [Timing({}, 9.0, 8.0, None)] * len(wanted)
+    )
+    given = {
+        "presets": ("int8", "int4-weight-only"),
+        "choices": (CHOICES[0], CHOICES[2], CHOICES[1]),
+        "data": [{"x": X[:64]}] * 2,
+    }
+    tuned = found(budget=Budget(MINUTES, trials=9), **given)
+    assert clock.now <= 60 * MINUTES + 1.1 * longest
+    assert tuned.trials[0].origin == "preset"
+    assert tuned.skipped or tuned.stopped == "done"
+    assert {"format", "candidate"} <= set(steps)
+    if longest == 40:
+        assert set(steps) == {"format", "candidate", "probe", "products"}
+
+
+def test_formats_that_there_is_no_time_for_are_told():
+    clock = Clock()
+    groups, plans = find_groups(PROGRAM, CHOICES[:4])
+
+    def store(minutes):
+        clock.now = 0.0
+        pace = Pace(minutes, clock)
+
+        def progress(*_):
+            clock.now += 1.0
+
+        return list(stored_weights(PROGRAM, groups, plans, progress, pace)), pace.skipped
+
+    assert (
+        store(0.1)
+        == (  # 15 % are a second
+            ["float", "int8 x int8"],
+            [f"choices, which no weight gets: {', '.join(choice.name for choice in CHOICES[2:4])}"],
+        )
+    )
+    assert store(10) == ([choice.name for choice in CHOICES[:4]], [])
+
+
 def test_scoring_stops_in_time():
     clock = Clock()
     pace = Pace(1, clock)
@@ -155,7 +247,7 @@ def test_timing_stops_in_time(monkeypatch):
 
     def compare(wanted, timer):
         calls.append(len(wanted))
-        clock.now += 11.0
+        clock.now += 7.0
         return [Timing({}, 10.0, 8.0, None, kernel_us=2.0)] * len(wanted)
 
     monkeypatch.setattr(costs, "compare", compare)

@@ -15,7 +15,7 @@ from lepton_xla.errors import CalibrationError, TuningError
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.timing_cache import TimingCache
 from lepton_xla.passes.quantization.measurement import Timing
-from lepton_xla.tuning import CHOICES, Budget, Constraints, costs, searching, tune
+from lepton_xla.tuning import CHOICES, Budget, Constraints, costs, estimating, searching, tune
 from lepton_xla.tuning.choices import find_groups
 from lepton_xla.tuning.costs import stored_weights
 from lepton_xla.tuning.pages import page
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_where_it_was(smallest, tmp_path, monkeypatch):
         "measure",
         lambda self, recipe, *a, **k: built.append(recipe.name) or measure(self, recipe, *a, **k),
     )
-    monkeypatch.setattr(searching, "output_errors", None)  # nothing is scored again
+    monkeypatch.setattr(estimating, "output_errors", None)  # nothing is scored again
     again = found(journal=torn)
     assert [trial.name for trial in again.trials] == [trial.name for trial in tuned.trials]
     assert built == [trial.name for trial in tuned.trials[-2:]]
@@ -171,6 +171,7 @@ def test_a_killed_run_goes_on_where_it_was(smallest, tmp_path, monkeypatch):
 
 def test_a_journal_of_another_model_is_refused(smallest, tmp_path):
     _, path = smallest
+    text = path.read_text()
     line = r"journal.jsonl: is the journal of another run, which differs in "
     with pytest.raises(TuningError, match=line + "seed"):
         found(journal=path, seed=1)
@@ -193,6 +194,14 @@ def test_a_journal_of_another_model_is_refused(smallest, tmp_path):
             journal=path,
             timer=Watch(1.0),
         )
+    assert not (again := searching.Journal(path, {"model": "b"}, begin_anew=True)).get("scores")
+    assert (
+        again.once("scores", lambda: 1) == searching.Journal(path, {"model": "b"}, begin_anew=True).get("scores") == 1
+    )
+    assert path.with_name("journal.jsonl.old").read_text() == text
+    path.write_text(text)
+    with pytest.raises(TuningError, match=r"differs in version of lepton_xla; give another journal, or --new-journal"):
+        searching.Journal(path, json.loads(text.partition("\n")[0])["identity"] | {"format": 0})
     computed = PROGRAM.replace(fn=lambda w, x: jnp.sin(x @ w["q"] + x @ w["k"]) @ w["out"])
     assert digest(computed, [])["model"] != digest(PROGRAM, [])["model"]  # of the same weights
     (tmp_path / "no.jsonl").write_text('{"a": 1}\n')
@@ -232,7 +241,7 @@ def test_what_xla_cannot_do_is_told(monkeypatch):
     def fails(*_args, **_kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
 
-    monkeypatch.setattr(searching, "output_errors", fails)
+    monkeypatch.setattr(estimating, "output_errors", fails)
     with pytest.raises(lx.ExecutionError, match=r"RESOURCE_EXHAUSTED: out of memory$"):
         found()
 
