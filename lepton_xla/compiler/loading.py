@@ -30,7 +30,7 @@ from lepton_xla.compiler.manifest import (
 )
 from lepton_xla.compiler.opening import is_signed, open_files, read_manifest, read_trusted_manifest, trusted_keys
 from lepton_xla.compiler.portable import compile_portable
-from lepton_xla.compiler.reading import check_placed, read_all, read_parts
+from lepton_xla.compiler.reading import check_placed, read_all, read_parts, shared
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.stepping import Stepper, decode_inputs, donation, prefill_inputs
@@ -147,6 +147,8 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
     rest()
     if base.expander is not None:
         arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)
+    if devices.mesh is None and devices.first.platform == "cpu":
+        arrays = shared(arrays, base.runtime.weights)
     runtime = base.runtime.sharing(arrays)
     steps = base.stepper.sharing(runtime) if base.stepper is not None else None
     conversion = base.conversion if manifest.is_update else _conversion(manifest, files)

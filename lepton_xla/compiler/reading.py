@@ -29,7 +29,7 @@ from lepton_xla.compiler.storage import VerifiedFiles
 from lepton_xla.compiler.weights import SCRATCH, open_array, part_regions, plain_codecs
 from lepton_xla.deferred import jax
 from lepton_xla.errors import ArtifactError
-from lepton_xla.pieces import executor, is_resting
+from lepton_xla.pieces import executor, is_resting, piece_bytes, rest
 from lepton_xla.trees import leaf_bytes
 
 # XLA:CPU uses a host array in place only if it starts on such a boundary.
@@ -87,6 +87,32 @@ def check_placed(path: str, host: np.ndarray, placed: jax.Array, device: _xla.De
     one, two = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (host, there))
     if there.shape != host.shape or not np.array_equal(one, two):
         raise ArtifactError(f"weight {path!r}: what is on the device is not what was read from the artifact")
+
+
+def shared(arrays: Sequence[jax.Array], known: Sequence[jax.Array]) -> list[jax.Array]:
+    """Take what is known already, bit for bit, in place of the new arrays, so that memory holds it once.
+
+    Args:
+        arrays: on a CPU.
+        known: of the same shapes and dtypes, in the same order.
+
+    >>> one, same, other = (jax.device_put(np.float32(each)) for each in ([1, 2], [1, 2], [1, 3]))
+    >>> [array is one for array in shared([same, other], [one, one])]
+    [True, False]
+    """
+    return [before if _equal(array, before) else array for array, before in zip(arrays, known, strict=True)]
+
+
+def _equal(array: jax.Array, other: jax.Array) -> bool:
+    one, two = (np.ascontiguousarray(np.asarray(each)).reshape(-1).view(np.uint8) for each in (array, other))
+    if not np.array_equal(one[:_ALIGNMENT], two[:_ALIGNMENT]):  # other weights mostly differ from the start
+        return False
+    step = max(1, piece_bytes(len(one)))
+    for start in range(0, len(one), step):
+        if not np.array_equal(one[start : start + step], two[start : start + step]):
+            return False
+        rest()
+    return one.shape == two.shape
 
 
 def read_parts(

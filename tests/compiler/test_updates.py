@@ -74,6 +74,18 @@ def test_new_weights_run_on_the_code_of_the_base(base, tmp_path):
     assert compiler.verify(tmp_path / "two.lepton").files == len(two.manifest.files)
 
 
+def test_weights_that_are_those_of_the_base_are_in_memory_once(base, tmp_path):
+    other = weights() | {"head": weights(1)["head"]}
+    make_update(base, program(other)).save(tmp_path / "head.lepton")
+    found = compiler.load(tmp_path / "head.lepton", base=base)
+    same = {
+        leaf.path: array is before
+        for leaf, array, before in zip(found.manifest.weights, found.runtime.weights, base.runtime.weights, strict=True)
+    }
+    assert same == {"hidden": True, "head": False}
+    np.testing.assert_allclose(found(x=X)["output"], reference(other), rtol=1e-4, atol=1e-5)
+
+
 def test_the_base_may_go(artifact, tmp_path):
     artifact.save(tmp_path / "base.lepton")
     base = compiler.load(tmp_path / "base.lepton")
