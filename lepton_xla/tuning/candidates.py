@@ -116,17 +116,18 @@ class Candidates:
         smallest = min((float(each[each > 0].min()) for each in errors if (each > 0).any()), default=1e-6)
         return min(smallest, largest / 2), largest
 
-    def within(self, error: float, *, removed: float = 0.0) -> tuple[int, ...]:
+    def within(self, error: float, *, removed: float = 0.0, more: float = 1.0) -> tuple[int, ...]:
         """The best at the objective within an error of the outputs, or the closest to that.
 
         Args:
             error: that the outputs may have.
             removed: share of the channels that goes besides.
+            more: how many times as many bytes as are expected there are then.
         """
         by_error = {"error": 1.0}
-        picked = self._choose(by_error, math.inf, removed) if self._objective == "metric" else None
-        picked = picked or self._choose(self._objective_weights(), error, removed)
-        picked = picked or self._choose(by_error, math.inf, removed)
+        picked = self._choose(by_error, math.inf, removed, more) if self._objective == "metric" else None
+        picked = picked or self._choose(self._objective_weights(), error, removed, more)
+        picked = picked or self._choose(by_error, math.inf, removed, more)
         return picked or tuple(int(np.argmin(each)) for each in self._costs["bytes"])
 
     def expected(self, picked: Sequence[int], *, removed: float = 0.0) -> dict[str, float]:
@@ -281,17 +282,21 @@ class Candidates:
         else:
             yield dataclasses.replace(proposal, origin=origin)
 
-    def _choose(self, weights: Mapping[str, float], error: float, removed: float = 0.0) -> tuple[int, ...] | None:
-        limits = self._limits(removed)
+    def _choose(
+        self, weights: Mapping[str, float], error: float, removed: float = 0.0, more: float = 1.0
+    ) -> tuple[int, ...] | None:
+        limits = self._limits(removed, more)
         return choose_within(self._costs, weights, limits if error == math.inf else {**limits, "error": error})
 
-    def _limits(self, removed: float = 0.0) -> dict[str, float]:
-        """What the choices may cost in all, besides what is fixed, if a share of the channels goes."""
+    def _limits(self, removed: float = 0.0, more: float = 1.0) -> dict[str, float]:
+        """What the choices may cost in all, besides what is fixed, if a share of the channels goes and leaves so many
+        times more bytes than is expected."""
         asked = self._constraints
         limits = {"bytes": asked.max_bytes, "memory": asked.max_memory}
         limits |= dict.fromkeys(self._estimates.sizes, asked.max_latency_ms * 1000.0 if asked.max_latency_ms else None)
         fixed = self._estimates.fixed
-        return {kind: each / _left(kind, removed) - fixed[kind] for kind, each in limits.items() if each is not None}
+        left = {kind: _left(kind, removed) * (more if kind in ("bytes", "memory") else 1.0) for kind in limits}
+        return {kind: each / left[kind] - fixed[kind] for kind, each in limits.items() if each is not None}
 
     def _objective_weights(self, tie: float = _TIE) -> dict[str, float]:
         fixed, largest = self._estimates.fixed, sum(float(each.max()) for each in self._costs["error"])

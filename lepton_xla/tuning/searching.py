@@ -230,6 +230,8 @@ class _Search:
         # Seconds that the steps of a training took for each length of the training's own, and all else of the trial.
         self._took: dict[str, tuple[float, float]] = {}
         self.trials: dict[str, Trial] = {}
+        # How many times the expected bytes are left where channels go: the first and last weight lose one side only.
+        self._more = 1.01
         # The trained program of the best, by name.
         self.made: dict[str, Program] = {}
         self.stopped: Stop = "done"
@@ -352,7 +354,11 @@ class _Search:
         asked_for = asked.settings if asked is not None else longer[0] if longer is not None else {}
         smallest, largest = candidates.error_range
         removed = asked_for.get("channels", 0.0)
-        picked = candidates.within(smallest * (largest / smallest) ** asked_for["error"], removed=removed)
+        picked = candidates.within(
+            smallest * (largest / smallest) ** asked_for["error"],
+            removed=removed,
+            more=self._more if removed else 1.0,
+        )
         recipe, described = self._recipe(candidates.named(picked), Methods())
         settings = {name: asked_for[name] for name in trainer.names(recipe)}
         settings |= {"steps": longer[1]} if longer is not None else {}
@@ -414,6 +420,8 @@ class _Search:
             study.tell(asked, key, trial, *objectives_of(trial, self._objective, self._constraints))
         elif key not in study.done:
             study.tell_longer(asked_for, key, trial)
+        if removed and not trial.failure:
+            self._more = max(self._more, 1.001 * trial.bytes / expected["bytes"])
         if trial.origin != "stopped":
             self._pace.took("training", trial.seconds)
         return True

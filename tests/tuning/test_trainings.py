@@ -338,6 +338,7 @@ def test_channels_that_are_removed_make_what_is_chosen_larger_and_the_model_smal
     assert candidates.within(1.0) == (1,)  # 40 bytes; (20 + 80) in float are too many
     assert candidates.within(1.0, removed=0.5) == (0,)  # a quarter of 100
     assert candidates.expected((0,), removed=0.5)["bytes"] == 25
+    assert candidates.within(1.0, removed=0.5, more=2.5) == (1,)  # 62 of 60 that may be
 
 
 def test_a_training_removes_channels(trained):
