@@ -46,7 +46,7 @@ def release(address: int) -> None:
 
 
 def variant() -> str:
-    """The instruction set in use: `avx512`, `avx2` or `portable`."""
+    """The instruction set in use: `avx512`, `avx2`, `dotprod` or `portable`."""
     return _LIBRARY.lepton_variant().decode()
 
 

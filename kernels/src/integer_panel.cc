@@ -1,4 +1,4 @@
-// The product of many rows of codes: see integer_product.h. For AVX-512 VNNI and AVX2.
+// The product of many rows of codes: see integer_product.h. For AVX-512 VNNI, AVX2 and ARM's dot products.
 //
 // A panel of 64 columns is packed: a few codes of each of several columns fill a register, so that no sum is spread over
 // lanes. A weight that is kept is packed by the first call, any other by each, which costs a pass over it.
@@ -7,7 +7,11 @@
 #include "finish.h"
 #include "transpose.h"
 
-#if defined(__AVX512VNNI__) || defined(__AVX2__)
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 namespace lepton::VARIANT {
 namespace {
 
@@ -237,6 +241,83 @@ void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
         case 2: tile<2>(p, x, group, row, at); break;
         case 3: tile<3>(p, x, group, row, at); break;
         default: tile<kRows>(p, x, group, row, at);
+      }
+    }
+    finish(p.epilogue, p.y, p.n, row, row + rows, column, column_end);
+  }
+}
+
+}  // namespace
+
+void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end,
+                   int8_t* scratch) {
+  for (; column < column_end; column += IntegerProduct::kPanelColumns)
+    panel(p, row, row_end, column, scratch);
+}
+
+}  // namespace lepton::VARIANT
+#elif defined(__ARM_FEATURE_DOTPROD)
+namespace lepton::VARIANT {
+namespace {
+
+constexpr int kRows = 6, kStep = 4, kVectors = 4, kGroup = 16;
+
+// Packs columns as [4 groups, K / 4, 16 columns, 4], zeros where there are none.
+void pack(const IntegerProduct& p, int64_t column, int8_t* to) {
+  for (int64_t first = column; first < column + IntegerProduct::kPanelColumns; first += kGroup)
+    for (int64_t k = 0; k < p.k; k += kStep)
+      for (int64_t at = first; at < first + kGroup; ++at)
+        for (int64_t i = k; i < k + kStep; ++i) *to++ = at < p.n && i < p.k ? p.codes[at * p.k + i] : 0;
+}
+
+template <int MR>
+void tile(const IntegerProduct& p, const int8_t* w, int64_t row, int64_t column) {
+  const int64_t depth = p.padded_depth();
+  const uint8_t* x = p.rounded + row * depth;
+  int32x4_t sums[MR][kVectors];
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = vdupq_n_s32(0);
+  for (int64_t k = 0; k < p.k; k += kStep, w += kGroup * kStep) {
+    int8x16_t codes[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) codes[v] = vld1q_s8(w + v * 16);
+#pragma GCC unroll 6
+    for (int i = 0; i < MR; ++i) {
+      int32_t four;
+      __builtin_memcpy(&four, x + i * depth + k, 4);
+      const int8x16_t left = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = vdotq_s32(sums[i][v], codes[v], left);
+    }
+  }
+  const int64_t count = p.n - column < kGroup ? p.n - column : kGroup;
+  for (int i = 0; i < MR; ++i) {
+    int32_t totals[kGroup];
+    for (int v = 0; v < kVectors; ++v) vst1q_s32(totals + 4 * v, sums[i][v]);
+    float* y = p.y + (row + i) * p.n + column;
+    const float scale = p.row_scale[row + i];
+    for (int64_t at = 0; at < count; ++at)
+      y[at] = static_cast<float>(totals[at]) * (scale * p.scale[p.one_scale ? 0 : column + at]);
+  }
+}
+
+void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int8_t* scratch) {
+  const int8_t* const w = packed_panel(p, column, scratch, pack);
+  const int64_t steps = (p.k + kStep - 1) / kStep;
+  const int64_t column_end = column + IntegerProduct::kPanelColumns < p.n ? column + IntegerProduct::kPanelColumns : p.n;
+  for (; row < row_end; row += kRows) {
+    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
+    for (int64_t at = column; at < column_end; at += kGroup) {
+      const int8_t* group = w + (at - column) * steps * kStep;
+      switch (rows) {
+        case 1: tile<1>(p, group, row, at); break;
+        case 2: tile<2>(p, group, row, at); break;
+        case 3: tile<3>(p, group, row, at); break;
+        case 4: tile<4>(p, group, row, at); break;
+        case 5: tile<5>(p, group, row, at); break;
+        default: tile<kRows>(p, group, row, at);
       }
     }
     finish(p.epilogue, p.y, p.n, row, row + rows, column, column_end);

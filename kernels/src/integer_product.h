@@ -43,6 +43,7 @@ using IntegerPanel = void(const IntegerProduct&, int64_t row, int64_t row_end, i
 
 namespace portable { IntegerRangePart round_rows; IntegerPart integer_product; }
 namespace avx2 { IntegerRangePart round_rows; IntegerPart integer_product; IntegerPanel integer_panel; }
+namespace dotprod { IntegerRangePart round_rows; IntegerPart integer_product; IntegerPanel integer_panel; }
 namespace avx512 { IntegerRangePart round_rows; IntegerPart integer_product; IntegerPanel integer_panel; }
 
 }  // namespace lepton

@@ -12,6 +12,10 @@
 #include "weight_only.h"
 #include "xla/ffi/api/ffi.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace ffi = xla::ffi;
 
 namespace lepton {
@@ -42,6 +46,10 @@ const Variant kVariants[] = {
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
      avx2::weight_only_4, avx2::round_rows, avx2::integer_product,
      avx2::integer_panel, 2, 1 << 22},
+#elif defined(__aarch64__) && defined(__linux__)
+    {"dotprod", [] { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; },  // HWCAP_ASIMDDP
+     portable::weight_only_8, portable::weight_only_4, dotprod::round_rows, dotprod::integer_product,
+     dotprod::integer_panel, 1, 1 << 22},
 #endif
     {"portable", [] { return true; }, portable::weight_only_8, portable::weight_only_4, portable::round_rows,
      portable::integer_product, nullptr, 0, 1 << 19},

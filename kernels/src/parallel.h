@@ -47,7 +47,7 @@ void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
       }
     }
   };
-  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule(auto(take));
+  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule([take] { take(); });
   take();
   for (int look = 0; look < kLooks && state->done.load() != count; ++look) pause();
   if (state->done.load() == count) return;

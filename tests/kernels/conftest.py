@@ -4,7 +4,7 @@ import pytest
 
 from lepton_xla.kernels import installation
 
-VARIANTS = ("avx512", "avx2", "portable")
+VARIANTS = ("avx512", "avx2", "dotprod", "portable")
 
 
 @pytest.fixture
