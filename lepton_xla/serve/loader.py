@@ -123,7 +123,7 @@ class ArtifactLoader:
         if servable.device_count > 1:
             device = self._devices[0]
         signature = signature_of(servable, name, version)
-        engine: Engine[Call] = Engine(servable, signature)
+        engine: Engine[Call] = Engine(servable, signature, staging=device.staging)
         options = _served(self._options, source.serving, source.max_delay_us)
         with device.guest(_WARMING_WEIGHT) as run:
             sharing = None if base is None else next((each for each in others if each.model is base), None)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.batching.engine import Staging
 from lepton_xla.serve.batching.shares import Share, Shares, Turn
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -38,12 +39,14 @@ class Device:
 
     Attributes:
         number: as given.
+        staging: the input arrays of what runs here.
     """
 
     _loop: asyncio.AbstractEventLoop
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, number: int = 0) -> None:
         self.number = number
+        self.staging = Staging()
         self._clock = clock
         self._lock = threading.Lock()  # of the shares
         self._shares = Shares()

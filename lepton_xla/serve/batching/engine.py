@@ -7,6 +7,7 @@ import logging
 import math
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -129,6 +130,39 @@ class Completion[T: Work]:
         return _bytes_of(np.ascontiguousarray(self.outputs[index][window]))
 
 
+class _Arrays:
+    """Input arrays, and how many of their rows may hold something."""
+
+    __slots__ = ("__weakref__", "arrays", "used")
+
+    def __init__(self, tensors: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+        self.arrays = [_aligned(shape, dtype) for shape, dtype in tensors]
+        self.used = 0
+
+
+class Staging:
+    """Input arrays that engines share, of which only one runs at a time: those of one device.
+
+    Of many models that take turns, the arrays of each would be gone from the processor's cache when its turn comes.
+    """
+
+    def __init__(self) -> None:
+        self._made: weakref.WeakValueDictionary[tuple[Any, ...], _Arrays] = weakref.WeakValueDictionary()
+
+    @property
+    def held(self) -> int:
+        """Number of sets of arrays that somebody has."""
+        return len(self._made)
+
+    def arrays(self, tensors: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> _Arrays:
+        """Arrays of these shapes and dtypes; those that somebody has already, if there are some."""
+        key = tuple(tensors)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = _Arrays(tensors)
+        return found
+
+
 class _Stage:
     """The input arrays of one combination of compiled sizes. Batches reuse them.
 
@@ -136,13 +170,13 @@ class _Stage:
         run: runs the model on them, where it can be bound to them.
     """
 
-    def __init__(self, signature: Signature, size: int, key: Key) -> None:
+    def __init__(self, signature: Signature, size: int, key: Key, staging: Staging) -> None:
         self.sizes = signature.sizes(size, key)
-        self.arrays = [_aligned(tensor.at(self.sizes), tensor.dtype) for tensor in signature.inputs]
+        self._held = staging.arrays([(tensor.at(self.sizes), tensor.dtype) for tensor in signature.inputs])
+        self.arrays = self._held.arrays
         self._inputs = signature.inputs
         self._batched = signature.batch is not None
         self._views = [(_bytes_of(array), array.nbytes // size) for array in self.arrays]
-        self._used = 0
         self.run: Callable[[], Sequence[np.ndarray]] | None = None
 
     @property
@@ -164,10 +198,11 @@ class _Stage:
                     source = source[part.start * row_bytes : part.start * row_bytes + size]
                 view[at : at + size] = source
                 at += size
-        if self._used > batch.rows:
+        held = self._held
+        if held.used > batch.rows:
             for array in self.arrays:
-                array[batch.rows : self._used] = 0
-        self._used = batch.rows
+                array[batch.rows : held.used] = 0
+        held.used = batch.rows
 
     def _fill_cut(self, batch: Batch[Any]) -> None:
         for index, (tensor, array) in enumerate(zip(self._inputs, self.arrays, strict=True)):
@@ -179,7 +214,7 @@ class _Stage:
                 if self._batched:
                     source = source[part.start : part.start + part.rows]
                 array[_window(tensor, sizes, part.offset, part.rows, self._batched)] = source
-        self._used = batch.size
+        self._held.used = batch.size
 
 
 def _window(tensor: Tensor, sizes: dict[str, int], offset: int, rows: int, batched: bool) -> tuple[slice, ...]:
@@ -207,6 +242,7 @@ class Engine[T: Work]:
         model: the model.
         signature: its signature.
         clock: seconds, monotonic.
+        staging: of engines that never run at the same time as this one; None for arrays of its own.
 
     Attributes:
         profile: of the model's known data, if it has one.
@@ -216,7 +252,14 @@ class Engine[T: Work]:
         measured: what `warm_up` has given.
     """
 
-    def __init__(self, model: LoadedModel, signature: Signature, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        signature: Signature,
+        clock: Callable[[], float] = time.monotonic,
+        staging: Staging | None = None,
+    ) -> None:
+        self._staging = staging or Staging()
         self._model = model
         self._signature = signature
         self._clock = clock
@@ -355,13 +398,14 @@ class Engine[T: Work]:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the model, if it tells, and of the arrays that batches are put together in."""
+        """Bytes of the model, if it tells, and of the arrays that batches are put together in, shared or not."""
         staged = sum(stage.nbytes for stage in tuple(self._stages.values()))
         return staged + getattr(self._model, "nbytes", 0)
 
     def check(self) -> None:
         """Runs the smallest size on zeros. Raises what the model raises."""
-        stage = _Stage(self._signature, self._signature.bucket_sizes[0], next(self._signature.shape_keys()))
+        first = self._signature.bucket_sizes[0], next(self._signature.shape_keys())
+        stage = _Stage(self._signature, *first, Staging())
         for array in self._model.run(stage.sizes, stage.arrays):
             np.asarray(array)
 
@@ -394,7 +438,7 @@ class Engine[T: Work]:
     def _stage(self, size: int, key: Key) -> _Stage:
         stage = self._stages.get((size, key))
         if stage is None:
-            stage = self._stages[size, key] = _Stage(self._signature, size, key)
+            stage = self._stages[size, key] = _Stage(self._signature, size, key, self._staging)
             bind: Any = getattr(self._model, "bind", None)
             if bind is not None:
                 stage.run = bind(stage.sizes, stage.arrays)

@@ -8,7 +8,7 @@ import pytest
 from serve_fakes import Tokens
 
 from lepton_xla.errors import ArtifactError
-from lepton_xla.serve.batching.engine import Engine, Timing, Work
+from lepton_xla.serve.batching.engine import Engine, Staging, Timing, Work
 from lepton_xla.serve.batching.tickets import Batch, Part
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.protocol.wire import InferRequest, RequestSpec
@@ -50,6 +50,30 @@ def test_a_request_split_over_batches_is_cut_piece_by_piece():
         out, _ = completion.results(part, SIGNATURE.outputs)
         kept = tokens[part.start : part.start + part.rows]
         np.testing.assert_array_equal(np.frombuffer(out, np.int32).reshape(kept.shape), kept + 1)
+
+
+def test_engines_that_share_their_arrays_leave_one_another_no_rows():
+    seen = []
+
+    class Seeing(Tokens):
+        def run(self, sizes, arrays):
+            seen.append((arrays[0].ctypes.data, arrays[0].copy()))
+            return super().run(sizes, arrays)
+
+    staging = Staging()
+    engines = [Engine(Seeing(), SIGNATURE, staging=staging) for _ in range(2)]
+    many, few = work(np.full((4, 4), 7, np.int32)), work(np.full((3, 4), 5, np.int32))
+    for engine, ticket in zip(engines, (many, few), strict=True):
+        engine.execute(Batch([Part(ticket, 0, ticket.rows, 0)], ticket.rows, 4, (4,)))
+    (first, _), (second, rows) = seen
+    assert first == second
+    np.testing.assert_array_equal(rows, [[5] * 4] * 3 + [[0] * 4])
+    # Arrays of their own for those that may run at once, and none that nobody holds.
+    Engine(Seeing(), SIGNATURE).execute(Batch([Part(few, 0, 3, 0)], 3, 4, (4,)))
+    assert seen[-1][0] != first
+    for engine in engines:
+        engine.free()
+    assert not staging.held
 
 
 def test_how_many_processors_executions_keep_busy_is_measured():
