@@ -131,5 +131,16 @@ def test_factors_before_a_product_become_its_own(kernels):
         np.testing.assert_array_equal(jax.jit(found)(x, operand), jax.jit(fn)(x, given_factor))
 
 
+@pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.gelu, lambda x: jax.nn.gelu(x, approximate=False)])
+def test_what_an_activation_of_one_row_multiplies_is_no_factor(kernels, activation):
+    first, second = stored("int8 x int8", 30, 20), stored("int8 x int8", 20, 8)
+
+    def fn(x):
+        return multiplied("int8 x int8", activation(multiplied("int8 x int8", x, first)), second)
+
+    x = array(1, 30)
+    np.testing.assert_allclose(jax.jit(epilogues.fuse(fn))(x), jax.jit(fn)(x), rtol=1e-5, atol=1e-5)
+
+
 def test_activations_have_numbers():
     assert list(ACTIVATIONS) == ["", "relu", "silu", "gelu", "gelu_tanh"]  # as kernels/src/epilogue.h

@@ -165,7 +165,10 @@ def _match(graph: Graph, product: Any, taken: set[int]) -> Pattern | None:
     columns = product.outvars[0].aval.shape[1]
     pattern = Pattern(product, product)
     if product.primitive is integer_product.PRIMITIVE:
-        pattern.rows, pattern.factor = _factor(graph, product) or (None, None)
+        found = _factor(graph, product)
+        # Of a single row what an activation multiplies by itself looks like factors.
+        if found is not None and id(found[0][0]) not in taken:
+            pattern.rows, pattern.factor = found
     passed: list[Any] = []  # since `last`
     var = product.outvars[0]
 
