@@ -73,10 +73,14 @@ def tuned(target: str, folder: pathlib.Path, name: str, *limits: object) -> dict
 
     The artifact keeps its float weights, which `leptonx learn` begins with and makes small by the same steps.
     """
+    aside = folder / "tuning.jsonl.old"
+    aside.unlink(missing_ok=True)
     found = leptonx(
         "tune", target, "--objective", "bytes", *limits, "-o", folder / "recipe.toml", "--report",
         folder / "tune.html", "--journal", folder / "tuning.jsonl", "--new-journal",
     )  # fmt: skip
+    if aside.exists():
+        print("  all is measured anew: the journal was of another model, other data or another version", flush=True)
     leptonx(
         "compile", target, "--recipe", folder / "recipe.toml", "--name", name, "--keep-master", "-o",
         folder / f"{name}.lepton", "--overwrite",
