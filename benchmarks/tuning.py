@@ -137,6 +137,11 @@ def summary(tuned: Tuning, task: Task, evaluate: Any) -> dict[str, Any]:
         "limits": {key: value for key, value in dataclasses.asdict(tuned.constraints).items() if value is not None},
         "presets": [left(trial, tuned) for trial in tuned.trials if trial.origin == "preset" and not trial.failure],
         "correlations": tuned.correlations,
+        "predicted": sorted(
+            trial.estimates["latency"] / trial.latency
+            for trial in tuned.trials
+            if trial.estimates and not trial.failure
+        ),
         "trials": len(tuned.trials),
         "chosen": sum(bool(trial.estimates) for trial in tuned.trials),
         "stopped": tuned.stopped,

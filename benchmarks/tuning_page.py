@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import harness
@@ -153,8 +154,19 @@ def _ended(found: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"For {objective} ({limits}): {result['trials']} recipes measured in {result['seconds']:.0f} s (ended: "
             f"{result['stopped']}); rank correlations of estimates and measurements over {result['chosen']} chosen "
-            f"ones: {ranks or 'too few'}."
+            f"ones: {ranks or 'too few'}.{_off(result.get('predicted'))}"
         )
+
+
+def _off(predicted: Sequence[float] | None) -> str:
+    """How far the times that `leptonx tune --slo` takes for a CPU where nothing was measured are off."""
+    if not predicted:
+        return ""
+    middle = statistics.median(predicted)
+    return (
+        f" Predicted times of these on this CPU were {min(predicted):.2f} to {max(predicted):.2f} times the measured "
+        f"ones, the median {middle:.2f} times."
+    )
 
 
 def _presets(found: Mapping[str, Any]) -> list[list[str]]:

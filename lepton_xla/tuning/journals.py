@@ -11,6 +11,9 @@ from typing import Any
 from lepton_xla.errors import TuningError
 from lepton_xla.tuning.pacing import Pace
 
+# What a difference in a key of the identity is called, where the key does not say it.
+_NAMES = {"format": "version of lepton_xla", "machine": "machine or kernels"}
+
 
 class Journal:
     """Results by name, one JSON line each, written as soon as they are there; in memory only without a path.
@@ -64,7 +67,7 @@ class Journal:
             return
         if old != head:
             keys = [key for key in {**old, **head} if old.get(key) != head.get(key)]
-            named = ", ".join("version of lepton_xla" if key == "format" else key for key in keys)
+            named = ", ".join(_NAMES.get(key, key) for key in keys)
             raise TuningError(
                 f"{self._path}: is the journal of another run, which differs in {named}; give another journal, or "
                 "--new-journal to put this one aside"

@@ -323,8 +323,8 @@ class _Search:
         holding = [each for each in self.trials.values() if each.training and each.excess(self._constraints) == 0]
         return min(holding, key=lambda trial: trial.value(self._objective), default=None)
 
-    def _longer(self, study: Study) -> tuple[Settings, float] | None:
-        """The settings of the nearest of what was trained, and its steps if it takes all the time that is left.
+    def _longer(self, study: Study) -> tuple[Trial, Settings, float] | None:
+        """The nearest of what was trained, its settings, and its steps if it takes all the time that is left.
 
         None if they are too few more than it had. What looked best after few steps gets the most, as in successive
         halving (Jamieson and Talwalkar 2016).
@@ -340,10 +340,10 @@ class _Search:
         settings = study.settings_of(nearest)
         if steps < ENOUGH_MORE * had or settings is None:
             return None
-        return settings, steps
+        return nearest, settings, steps
 
     def _trained(
-        self, study: Study, candidates: Candidates, trainer: Trainer, longer: tuple[Settings, float] | None
+        self, study: Study, candidates: Candidates, trainer: Trainer, longer: tuple[Trial, Settings, float] | None
     ) -> bool:
         """Train a candidate and measure it: settings that were tried, for more steps, or what the study asks for.
 
@@ -351,7 +351,7 @@ class _Search:
         """
         number = f"training {study.count + 1}"
         asked = study.ask() if longer is None else None
-        asked_for = asked.settings if asked is not None else longer[0] if longer is not None else {}
+        asked_for = asked.settings if asked is not None else longer[1] if longer is not None else {}
         smallest, largest = candidates.error_range
         removed = asked_for.get("channels", 0.0)
         picked = candidates.within(
@@ -360,8 +360,10 @@ class _Search:
             more=self._more if removed else 1.0,
         )
         recipe, described = self._recipe(candidates.named(picked), Methods())
+        if longer is not None and longer[0].excess(dataclasses.replace(self._constraints, max_drop=None)) == 0:
+            recipe, described = Recipe.parse(longer[0].recipe, name=recipe.name), longer[0].choices
         settings = {name: asked_for[name] for name in trainer.names(recipe)}
-        settings |= {"steps": longer[1]} if longer is not None else {}
+        settings |= {"steps": longer[2]} if longer is not None else {}
         key = training_key(to_toml(recipe), settings, trainer.digest)
         recipe = recipe.replace(name=f"trained-{key[-8:]}")
         expected = candidates.expected(picked, removed=removed)

@@ -156,6 +156,13 @@ def test_what_looks_best_is_trained_for_all_the_time_that_is_left(paced, clock, 
     assert 500 < clock.now <= 600
     assert tuned.stopped == "time"
     assert [trial.training["steps"] for trial in tuned.trials if trial.training] == list(steps)
+    # One that is small enough, and lost too much, gets the same formats again.
+    clock.now = 0.0
+    limits = Constraints(max_drop=0.5, max_bytes=600)
+    tuned, _ = paced([100.0, *[20.0] * 9], training=SPEC, constraints=limits, budget=Budget(MINUTES, trials=1))
+    *_, short, long = [trial for trial in tuned.trials if trial.training]
+    assert (long.training["steps"], long.choices) == (3.0, short.choices)
+    assert long.recipe.partition("\n")[2] == short.recipe.partition("\n")[2]
 
 
 @pytest.mark.parametrize("longest", [40.0, 700.0, 5000.0])
