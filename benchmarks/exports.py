@@ -1,11 +1,12 @@
 """How far the answers of exported models are from the artifact's: the largest difference, by model, recipe and format.
 
-    python benchmarks/exports.py [--models digits,residual] [--tensorflow PYTHON] [--quick] [--json FILE]
+    python benchmarks/exports.py [--models digits,residual] [--tensorflow PYTHON] [--onnx PYTHON] [--json FILE]
 
-Exports to each format as `leptonx export` does; those of TensorFlow with the Python of an environment that has this
-package with its extra `tensorflow` (`uv venv build/peers/tensorflow`, then `uv pip install --python
-build/peers/tensorflow/bin/python '.[tensorflow]'`). Models are trained for a short time: how well they are trained
-changes nothing here. Writes docs/benchmarks/exports.md.
+Exports to each format as `leptonx export` does. Those of TensorFlow run with the Python of an environment that has
+this package with its extra `tensorflow` (`uv venv build/peers/tensorflow`, then `uv pip install --python
+build/peers/tensorflow/bin/python '.[tensorflow]'`), those of ONNX with one that has the extra `onnx`. Models are
+trained for a short time: how well they are trained changes nothing here. Writes docs/benchmarks/exports.md, but not
+with `--quick`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import numpy as np
 
 import lepton_xla as lx
 
-RECIPES = ("none", "int8", "int8-weight-only")
-FORMATS = ("stablehlo", "saved-model", "tflite")
+RECIPES = ("none", "int8", "int8-weight-only", "int4-weight-only")
+FORMATS = ("stablehlo", "saved-model", "tflite", "onnx", "qonnx")
 ROWS = 8
+_NOT_RUN = "not run"
 _EXPORT = """
 import json, os, sys
 import numpy as np
@@ -93,8 +95,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 jobs.append([str(artifact), str(data)])
             print(f"{name}: compiled", flush=True)
         for form in FORMATS:
-            python = sys.executable if form == "stablehlo" else options.tensorflow
-            found = exported(python, [[*job, form] for job in jobs]) if python else [{"note": "not run"}] * len(jobs)
+            python = {"stablehlo": sys.executable, "onnx": options.onnx, "qonnx": options.onnx}.get(
+                form, options.tensorflow
+            )
+            found = exported(python, [[*job, form] for job in jobs]) if python else [{"note": _NOT_RUN}] * len(jobs)
             for row, each in zip(rows, found, strict=True):
                 row[form] = each
             print(f"{form}: exported", flush=True)
@@ -109,7 +113,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         line = [row["model"], row["recipe"]]
         for form in FORMATS:
             found = row[form]
-            if "note" in found:
+            if found.get("note") == _NOT_RUN:
+                line.append(_NOT_RUN)
+            elif "note" in found:
                 line.append(f"refused [{notes.setdefault(found['note'], len(notes) + 1)}]")
             else:
                 line.append(f"{found['difference']:.1e}")
@@ -127,9 +133,9 @@ def page(result: Mapping[str, Any]) -> str:
         (
             "The largest absolute difference between the answers of an artifact and of what `leptonx export` made of "
             f"it, on {ROWS} rows of the model's data, and the largest value of its outputs. Exported files were read "
-            "again from the disk, and run by JAX alone, by TensorFlow, and by LiteRT's interpreter. With "
-            "`measure = false` in `int8`, all products that can be are of integers; there, a last bit that another "
-            "framework rounds otherwise can move a code."
+            "again from the disk, and run by JAX alone, by TensorFlow, by LiteRT's interpreter, by ONNX Runtime, and "
+            "by QONNX's executor. With `measure = false` in `int8`, all products that can be are of integers; "
+            "there, a last bit that another framework rounds otherwise can move a code."
         ),
         table(result["rows"]),
         harness.provenance(result["run"]),
@@ -142,6 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     harness.add_names(parser, "--models", models.MODELS)
     parser.add_argument("--tensorflow", metavar="PYTHON", help="of an environment with the extra tensorflow")
+    parser.add_argument("--onnx", metavar="PYTHON", help="of an environment with the extra onnx")
     parser.add_argument("--quick", action="store_true", help="no page: a smoke test")
     harness.add_pages(parser)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")

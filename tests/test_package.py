@@ -92,7 +92,7 @@ def test_the_artifact_loader_reaches_no_pass():
 
 # JAX's internals.
 
-INTERNALS = {"lepton_xla._compat", "lepton_xla._jaxlib", "lepton_xla.compiler._xla"}
+INTERNALS = {"lepton_xla._compat", "lepton_xla._jaxlib", "lepton_xla.compiler._mlir", "lepton_xla.compiler._xla"}
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -9,8 +9,14 @@ from lepton_xla.cli import _common
 
 @click.command()
 @click.argument("artifact")
-@click.option("--to", "form", required=True, metavar="stablehlo|saved-model|tflite", help="The format.")
-@click.option("-o", "--output", required=True, metavar="PATH", help="Where to write: a folder, or for tflite a file.")
+@click.option("--to", "form", required=True, metavar="stablehlo|saved-model|tflite|onnx|qonnx", help="The format.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="PATH",
+    help="Where to write: a folder for stablehlo and saved-model, else a file.",
+)
 @click.option(
     "--rows",
     metavar="FILE.npz",
@@ -23,13 +29,14 @@ def export(artifact: str, *, form: str, output: str, rows: str | None, overwrite
     """Write what the artifact ARTIFACT computes in another format, read it again, and compare the answers.
 
     stablehlo needs JAX alone to run, or any tool that reads StableHLO. saved-model and tflite need the extra
-    `tensorflow`. Weights stay as they are stored, and sizes of batches symbolic, up to the largest
-    that was compiled.
+    `tensorflow`, onnx and qonnx the extra `onnx`. Weights stay as they are stored, and sizes of batches
+    symbolic, up to the largest that was compiled; qonnx has that size alone.
 
     \b
       leptonx export digits.lepton --to stablehlo -o digits
       leptonx export digits.lepton --to saved-model -o digits_tf --rows held_out.npz
       leptonx export digits.lepton --to tflite -o digits.tflite
+      leptonx export digits.lepton --to onnx -o digits.onnx
     """
     with _common.progress() as step:
         step("load JAX")

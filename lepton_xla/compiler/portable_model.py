@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import export
 
-from lepton_xla.compiler import _xla
+from lepton_xla.compiler import _mlir, _xla
 from lepton_xla.compiler.loading import load
 from lepton_xla.compiler.opening import open_files, read_manifest
+from lepton_xla.compiler.operations import Module
+from lepton_xla.compiler.reading import read_all
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.compiler.storage import Store
 from lepton_xla.errors import UnsupportedError
@@ -29,11 +32,15 @@ class PortableModel:
         servable: the loaded artifact.
         exported: the program, a function of flat weights and inputs that returns flat outputs.
         weights: its weights.
+        unpacking: the program that makes these of `stored`; None if they are stored as they are.
+        stored: the weights as the artifact has them.
     """
 
     servable: Servable
     exported: Any
     weights: tuple[np.ndarray, ...]
+    unpacking: Any = None
+    stored: tuple[np.ndarray, ...] = ()
 
     @classmethod
     def read(cls, location: str | os.PathLike[str]) -> PortableModel:
@@ -52,10 +59,15 @@ class PortableModel:
             raise UnsupportedError(
                 f"{store.location}: has a portable program for each size, and not one for all: {manifest.programs_note}"
             )
-        blob = open_files(store, manifest).read(manifest.programs[0].file)
+        files = open_files(store, manifest)
+        program = export.deserialize(bytearray(files.read(manifest.programs[0].file)))
         servable = load(location)
+        weights = tuple(np.asarray(leaf) for leaf in servable.runtime.weights)
+        if manifest.expand is None:
+            return cls(servable, program, weights, None, weights)
+        unpacking = export.deserialize(bytearray(files.read(manifest.expand.file)))
         return cls(
-            servable, export.deserialize(bytearray(blob)), tuple(np.asarray(leaf) for leaf in servable.runtime.weights)
+            servable, program, weights, unpacking, tuple(read_all(manifest.weights, manifest.packed_rows, files))
         )
 
     def module(self) -> bytes:
@@ -73,3 +85,30 @@ class PortableModel:
             raise UnsupportedError(
                 f"the program cannot be written as StableHLO {_VERSION}: {_xla.reason(error)}"
             ) from error
+
+    def operations(self, sizes: Mapping[str, int] | None = None) -> Module:
+        """The program for CPUs as plain data, a function of the stored weights and inputs.
+
+        Args:
+            sizes: of all symbols; without them they stay symbolic.
+        """
+        if sizes is None:
+            inputs = self._inputs()
+        else:
+            inputs = [jax.ShapeDtypeStruct(spec.shape_at(sizes), spec.dtype) for spec in self.servable.inputs.values()]
+        stored = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in self.stored]
+
+        def whole(*args: Any) -> Any:
+            weights = args[: len(stored)]
+            if self.unpacking is not None:
+                weights = self.unpacking.call(*weights)
+            return self.exported.call(*weights, *args[len(stored) :])
+
+        jitted = jax.jit(whole, keep_unused=True)
+        if sizes is None:
+            return _mlir.read_module(export.export(jitted, platforms=["cpu"])(*stored, *inputs).mlir_module())
+        return _mlir.read_module(_mlir.with_static_sizes(jitted.lower(*stored, *inputs)))
+
+    def _inputs(self) -> list[jax.ShapeDtypeStruct]:
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.exported.in_avals]
+        return shapes[len(self.weights) :]

@@ -15,7 +15,7 @@ from lepton_xla.arguments import takes
 from lepton_xla.compiler.exchange import exchange
 from lepton_xla.compiler.portable_model import PortableModel
 from lepton_xla.errors import ArtifactError, InputError, UnsupportedError
-from lepton_xla.exporting import stablehlo, tensorflow_models
+from lepton_xla.exporting import onnx_models, stablehlo, tensorflow_models
 
 type Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """Runs what was written, read from the disk, on inputs by name."""
@@ -24,13 +24,10 @@ _WRITERS: dict[str, Callable[[PortableModel, pathlib.Path], Run]] = {
     "stablehlo": stablehlo.write,
     "saved-model": tensorflow_models.write_saved_model,
     "tflite": tensorflow_models.write_tflite,
+    "onnx": onnx_models.write_onnx,
+    "qonnx": onnx_models.write_qonnx,
 }
 FORMATS = tuple(_WRITERS)
-# Formats that no converter makes of an artifact, and what can be done.
-_NOT_FROM_ARTIFACTS = dict.fromkeys(
-    ("onnx", "qonnx"),
-    "jax2onnx converts Python functions, not the program of an artifact: call it on the program's function",
-)
 # Rows that are drawn where none are given.
 _ROWS = 8
 
@@ -69,12 +66,14 @@ def export(
     """Write what an artifact computes in another format, read it again, and compare the answers.
 
     The weights are those of the artifact, quantized or not. Sizes of batches stay symbolic, up to the largest that was
-    compiled. Steps on the host before and after the compiled part, such as tokenizers, are not exported.
+    compiled; QONNX has that size alone. Steps on the host before and after the compiled part, such as tokenizers, are
+    not exported.
 
     Args:
         artifact: a local folder, or a `gs://` or `s3://` prefix.
-        path: where to write: a folder for `stablehlo` and `saved-model`, a file for `tflite`.
-        to: `stablehlo`, `saved-model` or `tflite`; the last two need the extra `tensorflow`.
+        path: where to write: a folder for `stablehlo` and `saved-model`, else a file.
+        to: `stablehlo`; `saved-model` or `tflite`, which need the extra `tensorflow`; `onnx` or `qonnx`, which need the
+            extra `onnx`.
         rows: inputs by name to compare on; by default up to eight rows are drawn, integers as zeros.
         overwrite: whether to replace what is there.
 
@@ -91,8 +90,7 @@ def export(
     (8, {'output': 0.0})
     """
     if to not in _WRITERS:
-        why = f" ({_NOT_FROM_ARTIFACTS[to]})" if to in _NOT_FROM_ARTIFACTS else ""
-        raise UnsupportedError(f"there is no format {to!r}: expected {', '.join(FORMATS)}{why}")
+        raise UnsupportedError(f"there is no format {to!r}: expected {', '.join(FORMATS)}")
     target = pathlib.Path(path)
     if os.path.lexists(target) and not overwrite:
         raise ArtifactError(f"{target} exists; give another path, or overwrite it")
