@@ -27,6 +27,7 @@ def test_shares_are_set_shown_and_cleared(cli, models):
     ("arguments", "message"),
     [
         (["stable=0.5", "2=0.6"], "the shares add up to 1.1, not to 1"),
+        (["stable=70", "2=30"], "the share of 'stable' is 70; write a part of 1"),
         (["stable=0.5", "blue=0.5"], "has no label 'blue'; there: stable"),
         (["stable=0.5", "7=0.5"], "has no version 7; there: 1, 2"),
         (["stable"], "expected VERSION=SHARE"),

@@ -25,6 +25,8 @@ _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _FLEETING = re.compile(r"traceparent|tracestate|x-request-id|b3|x-b3-[a-z]+")
 
 type Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+# The same, looked at by `Traffic`, which knows whose it is.
+type _Part = Annotated[float, msgspec.Meta(extra_json_schema={"minimum": 0, "maximum": 1})]
 type State = Literal["shadow", "canary", "promoted", "rolled back", "stopped"]
 
 RUNNING = ("shadow", "canary")
@@ -91,7 +93,7 @@ class Traffic(_Struct, frozen=True, kw_only=True):
     ValueError: the shares add up to 1.1, not to 1
     """
 
-    shares: dict[str, Share] = {}
+    shares: dict[str, _Part] = {}
     sticky: str = ""
     shadow: Shadow | None = None
     bandit: Bandit | None = None
@@ -102,6 +104,9 @@ class Traffic(_Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{arm[:80]!r} is neither a label nor a version")
         if len(self.shares) > _MOST_ARMS:
             raise ValueError(f"{len(self.shares)} shares; at most {_MOST_ARMS} are possible")
+        for name, share in self.shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"the share of {name[:64]!r} is {share:.6g}; write a part of 1, such as 0.2")
         total = math.fsum(self.shares.values())
         if self.shares and abs(total - 1) > _ROUNDING:
             raise ValueError(f"the shares add up to {total:.6g}, not to 1")

@@ -120,7 +120,7 @@ def test_equal_headers_and_ids_stay_at_one_version(start):
     ("traffic", "status", "text"),
     [
         ({"shares": {"stable": 0.5, "canary": 0.6}}, 400, "add up to 1.1"),
-        ({"shares": {"stable": -0.5, "canary": 1.5}}, 400, "shares"),
+        ({"shares": {"stable": -0.5, "canary": 1.5}}, 400, "the share of 'stable' is -0.5"),
         ({"shares": {"stable": 0.5, "blue": 0.5}}, 404, "has no label 'blue'; there: canary, stable"),
         ({"shares": {"1": 0.5, "9": 0.5}}, 404, "has no version 9; there: 1, 2"),
         ({"shadow": {"to": "blue"}}, 404, "no label 'blue'"),
