@@ -169,8 +169,10 @@ def tune(
     float_bytes = stored_bytes(name_leaves(program.weights))
     estimates = None
     try:
+        # Bytes that no format reaches, removing channels may.
+        counted = Constraints() if trainer is not None and trainer.shrinks else constraints
         estimates = estimated(
-            shop, choices, constraints, kept, seed=seed, unpack=unpack, float_bytes=float_bytes, say=say, pace=pace,
+            shop, choices, counted, kept, seed=seed, unpack=unpack, float_bytes=float_bytes, say=say, pace=pace,
             first=lambda: search.begin(recipes),
         )  # fmt: skip
         candidates = Candidates(estimates, constraints, objective)
