@@ -13,7 +13,8 @@ _LIBRARY.lepton_use.restype = ctypes.c_bool
 _LIBRARY.lepton_use.argtypes = [ctypes.c_char_p]
 _LIBRARY.lepton_keep.restype = _LIBRARY.lepton_release.restype = None
 _LIBRARY.lepton_keep.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-_LIBRARY.lepton_release.argtypes = [ctypes.c_void_p]
+_LIBRARY.lepton_release.argtypes = _LIBRARY.lepton_packed_bytes.argtypes = [ctypes.c_void_p]
+_LIBRARY.lepton_packed_bytes.restype = ctypes.c_int64
 _NAMES = (
     "attention",
     "convolution",
@@ -43,6 +44,11 @@ def keep(address: int, size_bytes: int) -> None:
 def release(address: int) -> None:
     """End one `keep`."""
     _LIBRARY.lepton_release(address)
+
+
+def packed_bytes(address: int) -> int:
+    """The bytes of the packed copies of a weight that is kept."""
+    return _LIBRARY.lepton_packed_bytes(address)
 
 
 def variant() -> str:

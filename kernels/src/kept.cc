@@ -47,7 +47,8 @@ std::shared_ptr<KeptPanels> find(const void* weight, int64_t bytes, const void* 
 }  // namespace
 
 KeptPanels::KeptPanels(int64_t count, int64_t panel_bytes)
-    : bytes_(panel_bytes),
+    : count_(count),
+      bytes_(panel_bytes),
       memory_(static_cast<int8_t*>(std::aligned_alloc(64, count * panel_bytes))),
       states_(new (std::nothrow) std::atomic<uint8_t>[count]()) {}
 
@@ -67,6 +68,15 @@ void release(const void* weight) {
   const std::unique_lock lock(mutex());
   const auto found = weights().find(weight);
   if (found != weights().end() && --found->second.holders <= 0) weights().erase(found);
+}
+
+int64_t packed_bytes(const void* weight) {
+  const std::shared_lock lock(mutex());
+  const auto found = weights().find(weight);
+  int64_t bytes = 0;
+  if (found != weights().end())
+    for (const Copy& copy : found->second.copies) bytes += copy.panels->bytes();
+  return bytes;
 }
 
 std::shared_ptr<KeptPanels> kept_panels(const void* weight, int64_t bytes, const void* variant, int64_t columns,

@@ -18,6 +18,7 @@ class KeptPanels {
   KeptPanels(const KeptPanels&) = delete;
   KeptPanels& operator=(const KeptPanels&) = delete;
   bool allocated() const { return memory_ != nullptr && states_ != nullptr; }
+  int64_t bytes() const { return count_ * bytes_; }
 
   // The panel's memory, aligned to 64 bytes; null if another thread is filling it. If `fill` is set, the caller fills it
   // and then calls `filled`. Inlined always: code for an instruction set must not be shared with others.
@@ -31,7 +32,7 @@ class KeptPanels {
 
  private:
   enum : uint8_t { kEmpty, kBeingFilled, kFull };
-  int64_t bytes_;
+  int64_t count_, bytes_;
   int8_t* memory_;
   std::atomic<uint8_t>* states_;
 };
@@ -39,6 +40,9 @@ class KeptPanels {
 // Weights whose elements do not change between `keep` and as many calls of `release`.
 void keep(const void* weight, int64_t bytes);
 void release(const void* weight);
+
+// Bytes of the packed copies of a weight.
+int64_t packed_bytes(const void* weight);
 
 // The `count` panels of a weight of `bytes` for an instruction set; null if the weight is not kept, or there is no memory.
 // The same bytes may be matrices with several numbers of columns, read in several numbers of runs.

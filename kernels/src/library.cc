@@ -303,6 +303,7 @@ EXPORTED const char* lepton_variant() { return lepton::chosen.load()->name; }
 // Says that a weight's elements do not change until `lepton_release` was called as often: see kept.h.
 EXPORTED void lepton_keep(const void* weight, int64_t bytes) { lepton::keep(weight, bytes); }
 EXPORTED void lepton_release(const void* weight) { lepton::release(weight); }
+EXPORTED int64_t lepton_packed_bytes(const void* weight) { return lepton::packed_bytes(weight); }
 
 // Uses an instruction set, by default (an empty name) the fastest one; false if this machine lacks it.
 EXPORTED bool lepton_use(const char* name) {

@@ -66,6 +66,11 @@ class Runtime:
         self._parts[self._key(sizes)] = slots, execute
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copies that kernels have packed of the weights so far."""
+        return self._kept.nbytes
+
+    @property
     def count(self) -> int:
         """Number of executables."""
         return len(self._executables)

@@ -147,12 +147,14 @@ class Servable:
     def nbytes(self) -> int:
         """Bytes of weights, compiled code and cache on one device; of the code an estimate, since XLA does not tell.
 
+        Copies of weights that kernels pack when they first need them are counted from then on.
+
         >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
         >>> servable = lx.compile(program, {"batch": (1,)}).servable()
         >>> servable.nbytes > servable.weights_bytes
         True
         """
-        return self._nbytes
+        return self._nbytes + self.runtime.packed_bytes
 
     @functools.cached_property
     def _nbytes(self) -> int:

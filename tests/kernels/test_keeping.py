@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_integer_product import array, reference, stored
 
+import lepton_xla as lx
 from lepton_xla.kernels import convolution, integer_product, keeping
 from lepton_xla.quant import QTensor
 
@@ -60,6 +61,31 @@ def test_it_is_kept_until_the_last_one_lets_go(variants, product):
     del second
     gc.collect()
     np.testing.assert_array_equal(multiply(), 0 * before)
+
+
+def test_bytes_of_packed_copies_are_counted_while_they_are_there(variants, product):
+    memory, weight, _, multiply = product
+    for variant in variants():
+        kept = keeping.Kept([weight.values, weight.scale])
+        assert kept.nbytes == 0  # nothing is packed before it is needed
+        multiply()
+        multiply()
+        assert kept.nbytes == 0 if variant == "portable" else memory.nbytes <= kept.nbytes < 4 * memory.nbytes
+        kept.close()
+        assert kept.nbytes == 0
+
+
+def test_a_loaded_artifact_counts_what_kernels_packed_of_it(variants, tmp_path):
+    if next(variants()) == "portable":
+        pytest.skip("the portable kernels pack nothing")
+    spec = {"x": lx.TensorSpec(("batch", 256), "float32")}
+    plain = lx.trace(lambda w, x: x @ w["w"], {"w": array(256, 256)}, spec)
+    small = plain.replace(fn=lambda w, x: integer_product.multiply(x, w["w"]), weights={"w": stored(256, 256)})
+    lx.compile(small, {"batch": (16,)}).save(tmp_path / "small.lepton")
+    servable = lx.load(tmp_path / "small.lepton")
+    before = servable.nbytes
+    servable(x=np.ones((16, 256), np.float32))
+    assert servable.nbytes - before >= 256 * 256
 
 
 def test_threads_that_pack_at_once(variants):
