@@ -167,7 +167,8 @@ def _pieces(text: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def _decoder(datatype: str) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(list[DATATYPES[datatype].element])
+    element: Any = DATATYPES[datatype].element
+    return msgspec.json.Decoder(list[element])
 
 
 def _convert(values: list[Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
