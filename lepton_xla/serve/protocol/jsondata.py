@@ -11,6 +11,7 @@ import functools
 import math
 import re
 import time
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -167,8 +168,7 @@ def _pieces(text: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def _decoder(datatype: str) -> msgspec.json.Decoder[Any]:
-    element: Any = DATATYPES[datatype].element
-    return msgspec.json.Decoder(list[element])
+    return msgspec.json.Decoder(types.GenericAlias(list, DATATYPES[datatype].element))
 
 
 def _convert(values: list[Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
