@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lepton_xla.arguments import takes
 from lepton_xla.compiler.weights import stored_bytes
@@ -180,7 +180,7 @@ def tune(
         if trainer is not None:
             search.train(candidates, trainer, kept, storage)
     except TimeUpError:
-        search.end(recipes)
+        search.end(recipes[1:])
     except KeyboardInterrupt:
         search.stopped = "interrupted"
     return Tuning(
@@ -209,6 +209,14 @@ def _built(shop: Workshop, trainer: Trainer | None, made: Mapping[str, Program],
         return shop.build(trial, lambda _recipe: made[trial.name])
     assert trainer is not None
     return shop.build(trial, lambda recipe: trainer.train(recipe, trial.training, lambda _drop: None))
+
+
+class _Longer(NamedTuple):
+    """A trained trial that is trained again for more steps: a multiple of those of the training."""
+
+    trial: Trial
+    settings: Settings
+    steps: float
 
 
 class _Search:
@@ -247,22 +255,24 @@ class _Search:
     @property
     def nearest(self) -> Trial | None:
         """The best, or the trial that breaks the constraints least."""
-        measured = [trial for trial in self.trials.values() if not trial.failure]
-        return self.best or min(
-            measured, key=lambda t: (t.excess(self._constraints), t.value(self._objective)), default=None
-        )
+        return self.best or self._breaking_least(self.trials.values())
+
+    def _breaking_least(self, trials: Iterable[Trial]) -> Trial | None:
+        measured = [trial for trial in trials if not trial.failure]
+        return min(measured, key=lambda t: (t.excess(self._constraints), t.value(self._objective)), default=None)
 
     def begin(self, presets: Sequence[Recipe]) -> None:
         """Measure the first preset, however long that takes, so that something is measured before time is short."""
         for recipe in presets[:1]:
             self._measured(recipe.replace(unpack=self._unpack), "preset", {}, {}, 1.0)
 
-    def end(self, presets: Sequence[Recipe]) -> None:
-        """Note that there was no time for anything after the first preset."""
+    def end(self, waiting: Sequence[Recipe]) -> None:
+        """Note that there was no time for more candidates, nor for these presets."""
         self.stopped = "time"
-        self._pace.skip("all candidates but presets")
-        if presets[1:]:
-            self._pace.skip(f"presets: {', '.join(recipe.name for recipe in presets[1:])}")
+        chosen = any(trial.estimates for trial in self.trials.values())
+        self._pace.skip("further candidates" if chosen else "all candidates but presets")
+        if waiting:
+            self._pace.skip(f"presets: {', '.join(recipe.name for recipe in waiting)}")
 
     def run(self, candidates: Candidates, presets: Sequence[Recipe], share: float) -> None:
         """Measure the presets, then what is chosen, in a share of the time."""
@@ -284,10 +294,7 @@ class _Search:
                 break
             waiting.pop(0)
         if self.stopped == "time":
-            chosen = any(trial.estimates for trial in self.trials.values())
-            self._pace.skip("further candidates" if chosen else "all candidates but presets")
-            if waiting:
-                self._pace.skip(f"presets: {', '.join(recipe.name for recipe in waiting)}")
+            self.end(waiting)
 
     def train(self, candidates: Candidates, trainer: Trainer, kept: Journal, storage: str | None) -> None:
         """Measure candidates that are trained."""
@@ -309,8 +316,8 @@ class _Search:
         self.stopped = "trials"
         half = self._pace.share_of_rest(0.5)
         while study.count < self._budget.trainings:
-            early = self._best_trained is not None or self._fits("training", half)
-            longer = None if early else self._longer(study)
+            holds = any(each.training and each.excess(self._constraints) == 0 for each in self.trials.values())
+            longer = None if holds or self._fits("training", half) else self._longer(study)
             ended = (longer is not None or self._fits("training")) and self._trained(study, candidates, trainer, longer)
             if not ended:
                 self.stopped = "time"
@@ -319,22 +326,15 @@ class _Search:
             self.trials |= study.done  # those of other processes too
         self.trials |= study.done  # what another process ended since
 
-    @property
-    def _best_trained(self) -> Trial | None:
-        """The best trained trial that keeps to all constraints."""
-        holding = [each for each in self.trials.values() if each.training and each.excess(self._constraints) == 0]
-        return min(holding, key=lambda trial: trial.value(self._objective), default=None)
-
-    def _longer(self, study: Study) -> tuple[Trial, Settings, float] | None:
-        """The nearest of what was trained, its settings, and its steps if it takes all the time that is left.
+    def _longer(self, study: Study) -> _Longer | None:
+        """The nearest of what was trained, with its steps if it takes all the time that is left.
 
         None if they are too few more than it had. What looked best after few steps gets the most, as in successive
         halving (Jamieson and Talwalkar 2016).
         """
-        trained = [each for each in self.trials.values() if each.training and not each.failure]
-        if not trained:
+        nearest = self._breaking_least(each for each in self.trials.values() if each.training)
+        if nearest is None:
             return None
-        nearest = min(trained, key=lambda each: (each.excess(self._constraints), each.value(self._objective)))
         had = nearest.training["steps"]
         each_s, other_s = self._took.get(nearest.name, (nearest.seconds / had, 0.0))
         left = self._pace.left_s(self._reserve_s) - CAREFUL * other_s
@@ -342,18 +342,16 @@ class _Search:
         settings = study.settings_of(nearest)
         if steps < ENOUGH_MORE * had or settings is None:
             return None
-        return nearest, settings, steps
+        return _Longer(nearest, settings, steps)
 
-    def _trained(
-        self, study: Study, candidates: Candidates, trainer: Trainer, longer: tuple[Trial, Settings, float] | None
-    ) -> bool:
+    def _trained(self, study: Study, candidates: Candidates, trainer: Trainer, longer: _Longer | None) -> bool:
         """Train a candidate and measure it: settings that were tried, for more steps, or what the study asks for.
 
         False if there was no time to end it.
         """
         number = f"training {study.count + 1}"
         asked = study.ask() if longer is None else None
-        asked_for = asked.settings if asked is not None else longer[1] if longer is not None else {}
+        asked_for = asked.settings if asked is not None else longer.settings if longer is not None else {}
         smallest, largest = candidates.error_range
         removed = asked_for.get("channels", 0.0)
         picked = candidates.within(
@@ -362,10 +360,10 @@ class _Search:
             more=self._more if removed else 1.0,
         )
         recipe, described = self._recipe(candidates.named(picked), Methods())
-        if longer is not None and longer[0].excess(dataclasses.replace(self._constraints, max_drop=None)) == 0:
-            recipe, described = Recipe.parse(longer[0].recipe, name=recipe.name), longer[0].choices
+        if longer is not None and longer.trial.excess(dataclasses.replace(self._constraints, max_drop=None)) == 0:
+            recipe, described = Recipe.parse(longer.trial.recipe, name=recipe.name), longer.trial.choices
         settings = {name: asked_for[name] for name in trainer.names(recipe)}
-        settings |= {"steps": longer[2]} if longer is not None else {}
+        settings |= {"steps": longer.steps} if longer is not None else {}
         key = training_key(to_toml(recipe), settings, trainer.digest)
         recipe = recipe.replace(name=f"trained-{key[-8:]}")
         expected = candidates.expected(picked, removed=removed)
