@@ -32,6 +32,8 @@ from lepton_xla.errors import ArtifactError
 from lepton_xla.pieces import executor, is_resting, piece_bytes, rest
 from lepton_xla.trees import leaf_bytes
 
+# Arrays that differ mostly do so in their first bytes, so the rest need not be read.
+_GLANCE_BYTES = 64
 # XLA:CPU uses a host array in place only if it starts on such a boundary.
 _ALIGNMENT = 64
 # Arrays of at least so many bytes have memory of their own, which the system gets back with the array.
@@ -84,8 +86,7 @@ def check_placed(path: str, host: np.ndarray, placed: jax.Array, device: _xla.De
     there = _xla.read_back(placed, device)
     if there.ctypes.data == host.ctypes.data and there.nbytes == host.nbytes:
         return
-    one, two = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (host, there))
-    if there.shape != host.shape or not np.array_equal(one, two):
+    if not _equal(host, there):
         raise ArtifactError(f"weight {path!r}: what is on the device is not what was read from the artifact")
 
 
@@ -100,19 +101,23 @@ def shared(arrays: Sequence[jax.Array], known: Sequence[jax.Array]) -> list[jax.
     >>> [array is one for array in shared([same, other], [one, one])]
     [True, False]
     """
-    return [before if _equal(array, before) else array for array, before in zip(arrays, known, strict=True)]
+    return [
+        before if _equal(np.asarray(array), np.asarray(before)) else array
+        for array, before in zip(arrays, known, strict=True)
+    ]
 
 
-def _equal(array: jax.Array, other: jax.Array) -> bool:
-    one, two = (np.ascontiguousarray(np.asarray(each)).reshape(-1).view(np.uint8) for each in (array, other))
-    if not np.array_equal(one[:_ALIGNMENT], two[:_ALIGNMENT]):  # other weights mostly differ from the start
+def _equal(array: np.ndarray, other: np.ndarray) -> bool:
+    """Whether arrays are of one shape and the same bit for bit; rests as `pieces` says."""
+    one, two = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (array, other))
+    if array.shape != other.shape or not np.array_equal(one[:_GLANCE_BYTES], two[:_GLANCE_BYTES]):
         return False
     step = max(1, piece_bytes(len(one)))
     for start in range(0, len(one), step):
         if not np.array_equal(one[start : start + step], two[start : start + step]):
             return False
         rest()
-    return one.shape == two.shape
+    return True
 
 
 def read_parts(
