@@ -43,6 +43,7 @@ _PATIENCE_S = 60.0
 # A disk that is full, say, is tried again after so long.
 _RETRY_S = 10.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOTHING_PENDING = {"pending": "", "pending_digest": ""}
 
 type Judged = Callable[[str, str], tuple[int, int]]
 """Rows that feedback calls right and wrong, of a model and version."""
@@ -129,7 +130,7 @@ class Adjuster:
             if put is not None and now.pending_digest and await asyncio.to_thread(_digest, put) == now.pending_digest:
                 await self._put(name, now, now.pending, None)
                 return
-            now = msgspec.structs.replace(now, pending="", pending_digest="")
+            now = msgspec.structs.replace(now, **_NOTHING_PENDING)
         other = movements.interfered(found, now)
         if other:
             await self._end(name, now, "stopped", other)
@@ -169,15 +170,13 @@ class Adjuster:
             return
         version = str(max(map(int, found.versions)) + 1)
         digest = await asyncio.to_thread(_digest, made.path)
-        pending = await self._write(
-            name, now, msgspec.structs.replace(now, pending=version, pending_digest=digest)
-        )  # fmt: skip
+        pending = await self._write(name, now, msgspec.structs.replace(now, pending=version, pending_digest=digest))
         if pending.pending != version:  # somebody stopped it
             return
         try:
             await asyncio.to_thread(self._repository.commit, made.path, name, version)
         except RepositoryError:  # somebody's push was faster: it is seen when the adjustment is looked at again
-            await self._write(name, pending, msgspec.structs.replace(pending, pending="", pending_digest=""))
+            await self._write(name, pending, msgspec.structs.replace(pending, **_NOTHING_PENDING))
             raise
         await self._put(name, pending, version, made.accuracy)
 
@@ -193,7 +192,7 @@ class Adjuster:
             return
         step = now.step + 1
         after = msgspec.structs.replace(
-            now, version=version, pending="", pending_digest="", step=step,
+            now, version=version, **_NOTHING_PENDING, step=step,
             next_s=max(now.next_s, self._clock()) + now.plan.every_s,
         )  # fmt: skip
         after = movements.decided(after, self._clock(), f"step {step} of {now.plan.steps} serves", accuracy)
@@ -254,9 +253,7 @@ class Adjuster:
             if there is None or there.started_s != before.started_s:
                 return plan
             if not there.running:  # asked to stop meanwhile: what was done is noted, and no more
-                after_stop = msgspec.structs.replace(
-                    there, version=after.version, step=after.step, pending="", pending_digest=""
-                )
+                after_stop = msgspec.structs.replace(there, version=after.version, step=after.step, **_NOTHING_PENDING)
                 return msgspec.structs.replace(plan, adjustment=after_stop)
             return msgspec.structs.replace(plan, adjustment=after)
 
