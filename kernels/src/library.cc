@@ -66,8 +66,8 @@ constexpr int64_t kWorthAThread = 1 << 17;
 // Parts of this many rows and columns keep their sums and activations in the second-level cache.
 constexpr int64_t kPartRows = 64, kPartColumns = 512;
 constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
-// From this number of rows on, a packed panel of a weight pays for packing on each call; panels of more bytes leave the cache. Parts
-// of a panel have at least some rows, since each packs it again.
+// From this number of rows on, a packed panel of a weight pays for packing on each call; panels of more bytes leave the
+// cache. Parts of a panel have at least some rows, since each packs it again.
 constexpr int64_t kPanelRows = 16, kPanelBytes = 2 << 20, kPanelPartRows = 96;
 
 // Reads the operands of an epilogue; false if they do not fit a result [m, n].

@@ -38,7 +38,7 @@ class Kept:
                     package.keep(address, array.nbytes)
                     found.append((address, array))
         self.count = len(found)
-        self._package, self._addresses = package, tuple(address for address, _ in found)
+        self._package, self._found = package, found
         self._close = weakref.finalize(self, _release, package, found)
 
     @property
@@ -46,7 +46,7 @@ class Kept:
         """Bytes of the packed copies that there are now; of a weight that others keep too, each counts them."""
         if not self._close.alive:
             return 0
-        return sum(self._package.packed_bytes(address) for address in self._addresses)
+        return sum(self._package.packed_bytes(address) for address, _ in self._found)
 
     def close(self) -> None:
         """From now on they may change; a second time does nothing."""
