@@ -26,7 +26,7 @@ import harness
 import models
 from tuning_page import page
 
-from lepton_xla.tuning import Budget, Constraints, searching, studies, tune
+from lepton_xla.tuning import Budget, Constraints, measuring, studies, tune
 
 FOLDER = harness.ROOT / "build" / "benchmarks" / "searches"
 STEPS = 100
@@ -40,7 +40,7 @@ def search(model: models.BenchModel, sampler: studies.Sampler, seed: int, trials
     spec = model.spec
     assert spec.evaluate is not None
     # The search itself takes the sampler of its study from nowhere else.
-    searching.Study = functools.partial(studies.Study, sampler=sampler)
+    measuring.Study = functools.partial(studies.Study, sampler=sampler)
     found = tune(
         spec.program(),
         spec.evaluate,

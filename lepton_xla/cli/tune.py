@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,28 @@ if TYPE_CHECKING:
     from lepton_xla.tuning.deployments import Deployments
 
 
+def _latencies(context: click.Context, option: click.Parameter, value: str | None) -> float | tuple[float, ...] | None:
+    """Read milliseconds: one number for all buckets, or one for each."""
+    if value is None:
+        return None
+    try:
+        found = [float(each) for each in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected milliseconds, such as 3 or 0.5,3", context, option) from None
+    return tuple(found) if len(found) > 1 else found[0]
+
+
+def _operations(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """Read a number of operations: k, M, G and T are powers of 1000."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)", value.strip(), re.IGNORECASE)
+    count = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found is not None else 0
+    if count < 1:
+        raise click.BadParameter(f"{value!r}: expected multiply-adds, such as 800000 or 2.5M", context, option)
+    return count
+
+
 @click.command()
 @click.argument("target")
 @click.option(
@@ -37,13 +60,31 @@ if TYPE_CHECKING:
     help="Bytes of the weights on disk, such as 2MB or 800000.",
 )
 @click.option("--max-memory", metavar="BYTES", callback=_common.parse_bytes, help="Bytes of the weights in memory.")
-@click.option("--max-latency-ms", type=float, metavar="MS", help="Milliseconds of a call, at every bucket.")
+@click.option(
+    "--max-latency-ms",
+    metavar="MS[,MS]",
+    callback=_latencies,
+    help="Milliseconds of a call, at every bucket; or several, one for each bucket, in order.",
+)
+@click.option(
+    "--max-operations",
+    metavar="N",
+    callback=_operations,
+    help="Multiply-adds of a call at the smallest buckets, by weights that are not zero, such as 500k or 2.5M.",
+)
+@click.option(
+    "--min-speedup",
+    type=float,
+    metavar="N",
+    help="How many times as fast as the float model calls must be, the geometric mean over the buckets.",
+)
 @click.option(
     "--objective",
-    type=click.Choice(["latency", "bytes", "memory", "metric"]),
+    type=click.Choice(["latency", "bytes", "memory", "operations", "metric"]),
     default="latency",
     show_default=True,
-    help="What is to be least: time of a call, bytes on disk, bytes in memory, or the drop of the metric.",
+    help="What is to be least: time of a call, bytes on disk, bytes in memory, multiply-adds, or the drop of the "
+    "metric.",
 )
 @click.option(
     "--minutes",
@@ -118,7 +159,9 @@ def tune(
     max_drop: float | None,
     max_bytes: int | None,
     max_memory: int | None,
-    max_latency_ms: float | None,
+    max_latency_ms: float | tuple[float, ...] | None,
+    max_operations: int | None,
+    min_speedup: float | None,
     objective: Any,
     minutes: float,
     trials: int | None,
@@ -187,7 +230,7 @@ def tune(
         name = "" if artifact is None else check_name(pathlib.PurePath(artifact).name.removesuffix(".lepton"))
         if key is not None:
             signing_key(key)
-        constraints = Constraints(max_drop, max_bytes, max_memory, max_latency_ms)
+        constraints = Constraints(max_drop, max_bytes, max_memory, max_latency_ms, max_operations, min_speedup)
         check_objective(objective, constraints)
         cheapest = None
         if slo is not None and rate is not None and prices is not None:
@@ -344,7 +387,10 @@ def _write_points(folder: pathlib.Path, found: Tuning) -> None:
 
 
 def _print(target: str, found: Tuning) -> None:
-    columns = ("recipe", "from", f">{found.metric}", "drop on rows held back", ">on disk", ">in memory", ">time", "")
+    columns = (
+        "recipe", "from", f">{found.metric}", "drop on rows held back", ">on disk", ">in memory",
+        ">operations", ">time", "",
+    )  # fmt: skip
     marks = {trial.name: "on the frontier" for trial in found.frontier}
     if found.best is not None:
         marks[found.best.name] = "the best"
@@ -354,7 +400,7 @@ def _print(target: str, found: Tuning) -> None:
 
 def _row(trial: Trial, metric: str, mark: str) -> list[str]:
     if trial.failure:
-        return [trial.name, trial.origin, "", "", "", "", "", f"failed: {trial.failure}"]
+        return [trial.name, trial.origin, "", "", "", "", "", "", f"failed: {trial.failure}"]
     return [
         trial.name,
         trial.origin,
@@ -362,6 +408,7 @@ def _row(trial: Trial, metric: str, mark: str) -> list[str]:
         str(trial.reported),
         _common.size(trial.bytes),
         _common.size(trial.memory),
+        _common.short(trial.operations),
         f"{trial.latency:.2f}",
         mark,
     ]
@@ -375,8 +422,10 @@ def _lines(found: Tuning) -> list[str]:
         "interrupted": "Interrupted; this is what was found so far.",
     }
     metric, on_disk = found.float_metrics[found.metric], _common.size(found.float_bytes)
+    operations = _common.short(found.float_operations)
     lines = [
         f"The float model has {found.metric} {metric:.6g} and takes {on_disk} on disk. time: of a call, float's is 1.",
+        f"operations: multiply-adds of a call by weights that are not zero; in float {operations}.",
         f"{ends[found.stopped]} It took {_common.seconds(found.seconds)}.",
     ]
     if found.skipped:

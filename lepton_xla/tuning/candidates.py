@@ -29,7 +29,8 @@ class Estimates:
 
     Attributes:
         groups: the groups.
-        costs: `error`, `bytes`, `memory`, and `us@0`, `us@1`, ... by size -> for each group float64 [choices].
+        costs: `error`, `bytes`, `memory`, `operations`, and `us@0`, `us@1`, ... by size -> for each group float64
+            [choices].
         fixed: kind of cost -> what does not depend on the choices.
     """
 
@@ -41,6 +42,19 @@ class Estimates:
     def sizes(self) -> list[str]:
         """The kinds that are times."""
         return [kind for kind in self.costs if kind.startswith("us@")]
+
+    def shares(self, costs: Mapping[str, Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Times of each choice, corrected, as a share of the float program's: the mean over the sizes."""
+        found = [np.zeros(len(each)) for each in costs["error"]]
+        for kind in self.sizes:
+            unit = len(self.sizes) * max(self.fixed[kind], 1e-9)
+            found = [own + each / unit for own, each in zip(found, costs[kind], strict=True)]
+        return found
+
+    @property
+    def float_operations(self) -> int:
+        """Multiply-adds of the float program."""
+        return round(self.fixed["operations"] + sum(float(each[0]) for each in self.costs["operations"]))
 
     def named(self, picked: Sequence[int]) -> list[tuple[Group, Choice]]:
         """What each group gets."""
@@ -56,6 +70,7 @@ class Estimates:
                         "name": choice.name,
                         "error": math.sqrt(self.costs["error"][at][index]),
                         "bytes": int(self.costs["bytes"][at][index]),
+                        "operations": int(self.costs["operations"][at][index]),
                         "us": [float(self.costs[kind][at][index]) for kind in self.sizes],
                     }
                     for index, choice in enumerate(group.choices)
@@ -86,7 +101,7 @@ class Candidates:
     def __init__(self, estimates: Estimates, constraints: Constraints, objective: Objective) -> None:
         self._estimates, self._constraints = estimates, constraints
         self._objective: Objective = objective
-        self._costs: dict[str, Sequence[np.ndarray]] = dict(estimates.costs)
+        self._costs: dict[str, Sequence[np.ndarray]] = {**estimates.costs, "share": estimates.shares(estimates.costs)}
         self._seen: dict[Proposal, Trial] = {}
         self._last: Trial | None = None
         self._methods = METHODS[0]
@@ -97,12 +112,13 @@ class Candidates:
         self._last = trial
         known = [(each.picked, found) for each, found in self._seen.items() if not found.failure]
         kinds: dict[str, Callable[[Trial], float]] = {"bytes": lambda trial: trial.bytes}
-        kinds["memory"] = lambda trial: trial.memory
+        kinds |= {"memory": lambda trial: trial.memory, "operations": lambda trial: trial.operations}
         for index, kind in enumerate(self._estimates.sizes):
             kinds[kind] = _time_of(index, self._estimates.fixed[kind])
         for kind, value in kinds.items():
             measured = [value(found) - self._estimates.fixed[kind] for _, found in known]
             self._costs[kind] = refit(self._estimates.costs[kind], [picked for picked, _ in known], measured)
+        self._costs["share"] = self._estimates.shares(self._costs)
 
     def named(self, picked: Sequence[int]) -> list[tuple[Group, Choice]]:
         """What each group gets."""
@@ -116,13 +132,13 @@ class Candidates:
         smallest = min((float(each[each > 0].min()) for each in errors if (each > 0).any()), default=1e-6)
         return min(smallest, largest / 2), largest
 
-    def within(self, error: float, *, removed: float = 0.0, more: float = 1.0) -> tuple[int, ...]:
+    def within(self, error: float, *, removed: float = 0.0, more: Mapping[str, float] | None = None) -> tuple[int, ...]:
         """The best at the objective within an error of the outputs, or the closest to that.
 
         Args:
             error: that the outputs may have.
             removed: share of the channels that goes besides.
-            more: how many times as many bytes as are expected there are then.
+            more: how many times as many `bytes` as are expected there are then, and as much `latency`.
         """
         by_error = {"error": 1.0}
         picked = self._choose(by_error, math.inf, removed, more) if self._objective == "metric" else None
@@ -133,15 +149,16 @@ class Candidates:
     def expected(self, picked: Sequence[int], *, removed: float = 0.0) -> dict[str, float]:
         """What a candidate is expected to measure, less a share of the channels."""
         found = self._expected(picked)
-        found["bytes"] *= _left("bytes", removed)
-        found["latency"] *= _left("latency", removed)
-        return found
+        return {
+            kind: value * (1.0 if kind == "output_error" else _left(kind, removed)) for kind, value in found.items()
+        }
 
     def _expected(self, picked: Sequence[int]) -> dict[str, float]:
         shares = [self._sum(kind, picked) / max(self._estimates.fixed[kind], 1e-9) for kind in self._estimates.sizes]
         return {
             "output_error": math.sqrt(max(self._sum("error", picked), 0.0)),
             "bytes": self._sum("bytes", picked),
+            "operations": self._sum("operations", picked),
             "latency": math.prod(max(share, 1e-3) for share in shares) ** (1 / len(shares)) if shares else 1.0,
         }
 
@@ -192,7 +209,7 @@ class Candidates:
     def _closest(self) -> Generator[Proposal]:
         """Propose what comes closest to limits that by the estimates nothing keeps to: estimates may be wrong."""
         limits = self._limits()
-        weights = {kind: 1 / max(limit + self._estimates.fixed[kind], 1e-9) for kind, limit in limits.items()}
+        weights = {kind: 1 / max(limit + self._fixed(kind), 1e-9) for kind, limit in limits.items()}
         picked = choose_within(self._costs, {**weights, "error": _TIE}, {})
         if picked is not None:
             yield from self._try(picked, "chosen")
@@ -283,33 +300,39 @@ class Candidates:
             yield dataclasses.replace(proposal, origin=origin)
 
     def _choose(
-        self, weights: Mapping[str, float], error: float, removed: float = 0.0, more: float = 1.0
+        self, weights: Mapping[str, float], error: float, removed: float = 0.0, more: Mapping[str, float] | None = None
     ) -> tuple[int, ...] | None:
         limits = self._limits(removed, more)
         return choose_within(self._costs, weights, limits if error == math.inf else {**limits, "error": error})
 
-    def _limits(self, removed: float = 0.0, more: float = 1.0) -> dict[str, float]:
+    def _limits(self, removed: float = 0.0, more: Mapping[str, float] | None = None) -> dict[str, float]:
         """What the choices may cost in all, besides what is fixed, if a share of the channels goes and leaves so many
-        times more bytes than is expected."""
+        times more than is expected."""
         asked = self._constraints
-        limits = {"bytes": asked.max_bytes, "memory": asked.max_memory}
-        limits |= dict.fromkeys(self._estimates.sizes, asked.max_latency_ms * 1000.0 if asked.max_latency_ms else None)
-        fixed = self._estimates.fixed
-        left = {kind: _left(kind, removed) * (more if kind in ("bytes", "memory") else 1.0) for kind in limits}
-        return {kind: each / left[kind] - fixed[kind] for kind, each in limits.items() if each is not None}
+        sizes = self._estimates.sizes
+        counted = {"bytes": asked.max_bytes, "memory": asked.max_memory, "operations": asked.max_operations}
+        limits = {kind: float(each) for kind, each in counted.items() if each is not None}
+        limits |= {
+            kind: each for kind, each in zip(sizes, asked.latencies_us(len(sizes)), strict=True) if each < math.inf
+        }
+        limits |= {"share": 1 / asked.min_speedup} if asked.min_speedup is not None else {}
+        left = {kind: _left(kind, removed) * (more or {}).get(_like(kind), 1.0) for kind in limits}
+        return {kind: each / left[kind] - self._fixed(kind) for kind, each in limits.items()}
 
     def _objective_weights(self, tie: float = _TIE) -> dict[str, float]:
         fixed, largest = self._estimates.fixed, sum(float(each.max()) for each in self._costs["error"])
         if self._objective == "latency":
-            sizes = self._estimates.sizes
-            weights = {kind: 1 / len(sizes) / max(fixed[kind], 1e-9) for kind in sizes}
+            weights = {"share": 1.0}
         else:
             whole = fixed[self._objective] + sum(float(each[0]) for each in self._estimates.costs[self._objective])
             weights = {self._objective: 1 / whole}
         return {**weights, "error": tie / max(largest, 1e-30)} if tie else weights
 
+    def _fixed(self, kind: str) -> float:
+        return 1.0 if kind == "share" else self._estimates.fixed[kind]
+
     def _sum(self, kind: str, picked: Sequence[int]) -> float:
-        return self._estimates.fixed[kind] + total(self._costs, kind, picked)
+        return self._fixed(kind) + total(self._costs, kind, picked)
 
     def _best(self) -> tuple[Proposal, Trial] | None:
         holding = [each for each in self._seen.items() if each[1].excess(self._constraints) == 0]
@@ -320,9 +343,14 @@ class Candidates:
         return found[1].value(self._objective) if found is not None else math.inf
 
 
+def _like(kind: str) -> str:
+    """The kind of which what is left of a kind is known: bytes, or times."""
+    return "bytes" if kind in ("bytes", "memory") else "latency" if kind == "share" or kind.startswith("us@") else kind
+
+
 def _left(kind: str, removed: float) -> float:
     """What a share of the channels leaves: most weights lose rows and columns, but a call has more than products."""
-    return (1 - removed) ** 2 if kind in ("bytes", "memory") else 1 - removed
+    return (1 - removed) ** 2 if kind in ("bytes", "memory", "operations") else 1 - removed
 
 
 def _time_of(index: int, float_us: float) -> Callable[[Trial], float]:

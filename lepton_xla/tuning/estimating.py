@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from lepton_xla.tuning.choices import Choice, find_groups
 from lepton_xla.tuning.constraints import Constraints
 from lepton_xla.tuning.costs import PerGroup, bytes_of_choices, stored_weights, times_of_choices
 from lepton_xla.tuning.journals import Journal
+from lepton_xla.tuning.operations import Operations
 from lepton_xla.tuning.pacing import Pace
 from lepton_xla.tuning.scores import output_errors
 from lepton_xla.tuning.trials import Workshop
@@ -66,25 +67,27 @@ def estimated(
         stored = stored_weights(program, groups, plans, say, pace)
         own = [group.only(stored) for group in groups]
         on_disk, in_memory = bytes_of_choices(own, stored)
+        operations, rest = Operations.of(program, shop.smallest).of_choices(own, stored)
+        counted = {"bytes": on_disk, "memory": in_memory, "operations": operations}
         if len(stored) == len(choices):
-            check_reachable(on_disk, in_memory, fixed(on_disk, in_memory), constraints)
+            check_reachable(counted, fixed(counted, rest), constraints)
         first()
         pace.check_left()
         errors = output_errors(program, own, plans, shop.batches, stored, seed=seed, progress=say, pace=pace)
-        found = {"error": plain(errors), "bytes": plain(on_disk), "memory": plain(in_memory)}
-        return {"costs": found, "choices": list(stored)}
+        found = {"error": plain(errors), **{kind: plain(each) for kind, each in counted.items()}}
+        return {"costs": found, "other operations": rest, "choices": list(stored)}
 
-    def fixed(on_disk: PerGroup, in_memory: PerGroup) -> dict[str, float]:
+    def fixed(own: Mapping[str, PerGroup], operations: int) -> dict[str, float]:
         whole = {"bytes": float_bytes, "memory": tree_bytes(program.weights)}
-        own = {"bytes": on_disk, "memory": in_memory}
-        return {kind: each - sum(float(costs[0]) for costs in own[kind]) for kind, each in whole.items()}
+        found = {kind: each - sum(float(costs[0]) for costs in own[kind]) for kind, each in whole.items()}
+        return {**found, "operations": float(operations)}
 
     scores = kept.within("scores", pace, scored)
     groups = [group.only(scores["choices"]) for group in groups]
     arrays = {kind: [np.asarray(each, np.float64) for each in found] for kind, found in scores["costs"].items()}
-    rest = fixed(arrays["bytes"], arrays["memory"])
+    rest = fixed(arrays, scores["other operations"])
     if len(scores["choices"]) == len(choices):
-        check_reachable(arrays["bytes"], arrays["memory"], rest, constraints)
+        check_reachable(arrays, rest, constraints)
     unpacks = unpack == "measured"
     times = kept.within(
         f"times, unpack {unpack}, {len(scores['choices'])} choices",
@@ -109,28 +112,32 @@ def estimated(
     return Estimates(groups, arrays, {"error": 0.0, **rest})
 
 
-def check_reachable(on_disk: PerGroup, in_memory: PerGroup, fixed: dict[str, float], constraints: Constraints) -> None:
-    """Refuse bytes that no choice reaches: they are counted, so there is nothing to measure.
+def check_reachable(counted: Mapping[str, PerGroup], fixed: Mapping[str, float], constraints: Constraints) -> None:
+    """Refuse bytes and operations that no choice reaches: they are counted, so there is nothing to measure.
 
     Args:
-        on_disk, in_memory: bytes of every choice, by group.
-        fixed: bytes of what no choice changes, by `bytes` and `memory`.
+        counted: `bytes`, `memory` and `operations` -> those of every choice, by group.
+        fixed: those of what no choice changes.
         constraints: what is asked for.
 
     Raises:
         TuningError: if they cannot be kept to.
 
-    >>> check_reachable([np.array([400.0, 100.0])], [np.array([0.0])], {"bytes": 8, "memory": 0}, Constraints(1, 100))
+    >>> counted = {"bytes": [np.array([400.0, 100.0])]}
+    >>> check_reachable(counted, {"bytes": 8}, Constraints(max_bytes=100))
     Traceback (most recent call last):
     lepton_xla.errors.TuningError: max_bytes = 100 cannot be kept to: with every weight in its smallest form the ...
     """
-    for kind, costs, limit, name in (
-        ("bytes", on_disk, constraints.max_bytes, "max_bytes"),
-        ("memory", in_memory, constraints.max_memory, "max_memory"),
+    for kind, limit, unit in (
+        ("bytes", constraints.max_bytes, "bytes"),
+        ("memory", constraints.max_memory, "bytes"),
+        ("operations", constraints.max_operations, "multiply-adds"),
     ):
-        least = fixed[kind] + sum(float(each.min()) for each in costs)
-        if limit is not None and limit < 0.98 * least:
+        if limit is None:
+            continue
+        least = fixed[kind] + sum(float(each.min()) for each in counted[kind])
+        if limit < 0.98 * least:
             raise TuningError(
-                f"{name} = {limit:,} cannot be kept to: with every weight in its smallest form the model takes "
-                f"{round(least):,} bytes; allow that, or give more choices"
+                f"max_{kind} = {limit:,} cannot be kept to: with every weight in its smallest form the model takes "
+                f"{round(least):,} {unit}; allow that, or give more choices"
             )

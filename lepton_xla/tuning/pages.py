@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lepton_xla.documents import document, drawn_table, escaped, scaled
-from lepton_xla.tables import size
+from lepton_xla.tables import short, size
 from lepton_xla.tuning.results import Tuning
 from lepton_xla.tuning.trials import Trial
 
@@ -23,11 +23,12 @@ def page(target: str, found: Tuning) -> str:
     (True, False)
     """
     title = f"{target}: recipes within constraints"
-    asked = ", ".join(f"{key} = {value:g}" for key, value in vars(found.constraints).items() if value is not None)
+    asked = ", ".join(f"{key} = {value}" for key, value in found.constraints.given().items())
     said = [
         f"Objective: {found.objective}. Constraints: {asked or 'none'}.",
         f"Metric: {found.metric}, {found.float_metrics.get(found.metric, math.nan):.6g} in float.",
         f"The float model takes {size(found.float_bytes)} on disk.",
+        f"A call of it takes {short(found.float_operations)} multiply-adds.",
         f"Ended: {found.stopped}, after {found.seconds:.0f} s.",
     ]
     parts = [
@@ -76,7 +77,10 @@ def _plot(found: Tuning) -> str:
 
 
 def _table(found: Tuning) -> str:
-    head = ["recipe", "from", found.metric, "drop, chosen by", "drop on rows held back", "on disk", "in memory", "time"]
+    head = [
+        "recipe", "from", found.metric, "drop, chosen by", "drop on rows held back", "on disk", "in memory",
+        "multiply-adds", "time",
+    ]  # fmt: skip
     rows = "".join(_row(trial, found) for trial in found.trials)
     return f"<table><tr>{''.join(f'<th>{escaped(each)}</th>' for each in head)}</tr>{rows}</table>"
 
@@ -86,13 +90,14 @@ def _row(trial: Trial, found: Tuning) -> str:
     start = f'<tr class="best"><td>{escaped(trial.name)}' if is_best else f"<tr><td>{escaped(trial.name)}"
     start += f"</td><td>{escaped(trial.origin)}</td>"
     if trial.failure:
-        return f'{start}<td colspan="6">failed: {escaped(trial.failure)}</td></tr>'
+        return f'{start}<td colspan="7">failed: {escaped(trial.failure)}</td></tr>'
     cells = (
         f"{trial.metrics.get(found.metric, math.nan):.6g}",
         f"{trial.judged:+.2f}",
         str(trial.reported),
         size(trial.bytes),
         size(trial.memory),
+        short(trial.operations),
         f"{trial.latency:.2f}",
     )
     return start + "".join(f'<td class="n">{escaped(cell)}</td>' for cell in cells) + "</tr>"

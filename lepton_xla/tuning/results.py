@@ -27,6 +27,7 @@ class Tuning:
         metric: the metric of drops.
         float_metrics: those of the float model.
         float_bytes: bytes of its weights on disk.
+        float_operations: its multiply-adds, as `Trial.operations` counts them.
         best: the best trial that keeps to all constraints by measurement; None if none does.
         nearest: the trial that breaks the constraints least; the best if there is one.
         trials: everything that was measured, in order.
@@ -61,6 +62,7 @@ class Tuning:
     stopped: Stop = "done"
     seconds: float = 0.0
     skipped: tuple[str, ...] = ()
+    float_operations: int = 0
     judge: Judge | None = dataclasses.field(default=None, repr=False, compare=False)
     maker: Callable[[Trial], Program] | None = dataclasses.field(default=None, repr=False, compare=False)
 
@@ -108,24 +110,29 @@ class Tuning:
 
     @property
     def frontier(self) -> tuple[Trial, ...]:
-        """The trials that no other beats in drop, bytes on disk and latency at once, the smallest first."""
+        """The trials that no other beats in drop, bytes on disk, latency and objective at once, the smallest first."""
+        points = {trial.name: self._point(trial) for trial in self.trials if not trial.failure}
         measured = [trial for trial in self.trials if not trial.failure]
-        kept = [trial for trial in measured if not any(_beats(other, trial) for other in measured)]
-        unique = {_point(trial): trial for trial in reversed(kept)}
+        kept = [trial for trial in measured if not any(_beats(other, points[trial.name]) for other in points.values())]
+        unique = {points[trial.name]: trial for trial in reversed(kept)}
         return tuple(sorted(unique.values(), key=lambda trial: trial.bytes))
+
+    def _point(self, trial: Trial) -> tuple[float, ...]:
+        return trial.judged, trial.bytes, trial.latency, trial.value(self.objective)
 
     @property
     def correlations(self) -> dict[str, float]:
         """Rank correlations (Spearman) of what was estimated with what was measured, over all chosen trials.
 
-        `error` compares the estimated with the measured error of the outputs, `drop` with the drop; `latency` and
-        `bytes` their own. Kinds that did not vary are left out.
+        `error` compares the estimated with the measured error of the outputs, `drop` with the drop; `latency`, `bytes`
+        and `operations` their own. Kinds that did not vary are left out.
         """
         chosen = [trial for trial in self.trials if trial.estimates and not trial.failure]
         pairs = {
             "error": [(trial.estimates["output_error"], trial.output_error) for trial in chosen],
             "drop": [(trial.estimates["output_error"], trial.judged) for trial in chosen],
             "bytes": [(trial.estimates["bytes"], trial.bytes) for trial in chosen],
+            "operations": [(trial.estimates["operations"], trial.operations) for trial in chosen],
             "latency": [(trial.estimates["latency"], trial.latency) for trial in chosen],
         }
         found = {kind: rank_correlation(values) for kind, values in pairs.items()}
@@ -139,6 +146,7 @@ class Tuning:
             "metric": self.metric,
             "float": self.float_metrics,
             "float_bytes": self.float_bytes,
+            "float_operations": self.float_operations,
             "best": self.best.to_json() if self.best is not None else None,
             "nearest": self.nearest.to_json() if self.nearest is not None else None,
             "frontier": [trial.name for trial in self.frontier],
@@ -165,11 +173,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return float(found.statistic)
 
 
-def _point(trial: Trial) -> tuple[float, float, float]:
-    return trial.judged, trial.bytes, trial.latency
-
-
-def _beats(one: Trial, other: Trial) -> bool:
-    """Whether a trial is nowhere worse than another and somewhere better."""
-    pairs = list(zip(_point(one), _point(other), strict=True))
+def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether a point is nowhere worse than another and somewhere better."""
+    pairs = list(zip(one, other, strict=True))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)

@@ -15,7 +15,7 @@ import numpy as np
 from lepton_xla.compiler.weights import stored_bytes
 from lepton_xla.errors import LeptonError, TuningError, first_line
 from lepton_xla.modelspec import Predict
-from lepton_xla.optimization.pipeline import optimize
+from lepton_xla.optimization.pipeline import apply_plan, optimize, plan_for
 from lepton_xla.passes.core.calibration import check_batch
 from lepton_xla.passes.core.timing import Timer, time_programs
 from lepton_xla.program import Program, probe_sizes
@@ -24,6 +24,7 @@ from lepton_xla.trees import abstract, name_leaves, tree_bytes
 from lepton_xla.tuning.constraints import Constraints, Objective
 from lepton_xla.tuning.digests import digest_of, digest_of_function
 from lepton_xla.tuning.judging import Drop, Judge
+from lepton_xla.tuning.operations import Operations
 from lepton_xla.tuning.pacing import TimeUpError
 
 
@@ -43,9 +44,11 @@ class Trial:
         output_error: relative error of the outputs.
         bytes: bytes of the weights on disk.
         memory: bytes of the weights in memory.
+        operations: multiply-adds of a call at the smallest size, by weights that are not zero.
         us: microseconds of a call at each size.
         float_us: those of the float model, measured in turns with it.
-        estimates: what was expected of `output_error`, `bytes` and `latency` (share of float's); empty for a preset.
+        estimates: what was expected of `output_error`, `bytes`, `operations` and `latency` (share of float's); empty
+            for a preset.
         seconds: time that the trial took.
         failure: why nothing was measured; empty if it was.
         training: how it was trained, by the names of `trainings.RANGES`; empty if it was not. Its recipe alone does not
@@ -69,6 +72,7 @@ class Trial:
     output_error: float = math.inf
     bytes: int = 0
     memory: int = 0
+    operations: int = 0
     us: tuple[float, ...] = ()
     float_us: tuple[float, ...] = ()
     estimates: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
@@ -85,7 +89,10 @@ class Trial:
 
     def value(self, objective: Objective) -> float:
         """What is to be least."""
-        values = {"latency": self.latency, "bytes": self.bytes, "memory": self.memory, "metric": self.judged}
+        values = {
+            "latency": self.latency, "bytes": self.bytes, "memory": self.memory, "operations": self.operations,
+            "metric": self.judged,
+        }  # fmt: skip
         return math.inf if self.failure else float(values[objective])
 
     def excess(self, constraints: Constraints) -> float:
@@ -95,12 +102,18 @@ class Trial:
         found = 0.0
         if constraints.max_drop is not None and self.judged > constraints.max_drop + 1e-9:
             found += (self.judged - constraints.max_drop) / max(constraints.max_drop, 0.1)
-        worst_ms = max(self.us, default=0.0) / 1e3
-        limits = (constraints.max_bytes, constraints.max_memory, constraints.max_latency_ms)
-        for value, limit in zip((self.bytes, self.memory, worst_ms), limits, strict=True):
-            if limit is not None and value > limit:
-                found += value / limit - 1
-        return found
+        # Of several sizes, the one that takes too long by most.
+        worst = max(
+            (us / limit for us, limit in zip(self.us, constraints.latencies_us(len(self.us)), strict=True)), default=0.0
+        )
+        limits = (constraints.max_bytes, constraints.max_memory, constraints.max_operations)
+        shares = [
+            value / limit
+            for value, limit in zip((self.bytes, self.memory, self.operations), limits, strict=True)
+            if limit is not None
+        ]
+        shares.append(self.latency * (constraints.min_speedup or 0.0))
+        return found + sum(share - 1 for share in (*shares, worst) if share > 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers; None for what is infinite, which JSON lacks."""
@@ -158,6 +171,11 @@ class Workshop:
     judge: Judge
     timer: Timer
 
+    @property
+    def smallest(self) -> Mapping[str, int]:
+        """The sizes at which operations are counted: the least of each dimension."""
+        return {name: min(at[name] for at in self.sizes) for name in self.sizes[0]}
+
     def measure(
         self,
         recipe: Recipe,
@@ -185,14 +203,11 @@ class Workshop:
         start = time.perf_counter()
         trial = Trial(recipe.name, to_toml(recipe), **described)
         try:
-            small = optimize(
-                self.program if train is None else train(),
-                recipe,
-                calibration=self.batches,
-                buckets=self.buckets,
-                timer=self.timer,
-                progress=say,
-            )
+            how: dict[str, Any] = {
+                "calibration": self.batches, "buckets": self.buckets, "timer": self.timer, "progress": say
+            }  # fmt: skip
+            planned, plan = plan_for(self.program if train is None else train(), recipe, **how)
+            small = apply_plan(planned, plan, **how)
             loaded = as_loaded(small)
             say("evaluate")
             judged = self.judge(predictor(loaded), max_drop=max_drop)
@@ -215,6 +230,7 @@ class Workshop:
             output_error=judged.output_error,
             bytes=stored_bytes(name_leaves(small.weights)),
             memory=tree_bytes(loaded.weights),
+            operations=Operations.of(planned, self.smallest).by(small.weights),
             us=tuple(each[1] for each in times),
             float_us=tuple(each[0] for each in times),
             seconds=time.perf_counter() - start,

@@ -96,6 +96,9 @@ def test_where_nothing_could_be_measured_it_says_why(cli, classifier):
     [
         ("model", ("--max-drop", 4, "--minutes", 0), "a budget of 0 minutes"),
         ("model", ("--max-drop", 4, "--max-bytes", "2 apples"), "'2 apples': expected bytes, such as 800000, 2MB"),
+        ("model", ("--max-drop", 4, "--max-operations", "many"), "'many': expected multiply-adds, such as"),
+        ("model", ("--max-drop", 4, "--max-latency-ms", "1,soon"), "'1,soon': expected milliseconds, such as 3"),
+        ("model", ("--max-drop", 4, "--max-latency-ms", "1,2"), "2 limits, but calls are timed at 1 sizes"),
         ("model", (), "objective 'latency' needs max_drop"),
         ("model", ("--max-drop", 0.1), "2000 rows would do"),
         ("bare", ("--max-drop", 4), "has no evaluate"),

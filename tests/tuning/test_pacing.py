@@ -44,9 +44,9 @@ def paced(clock, monkeypatch):
     """Runs a search whose trials have two steps; gives what was found, and when each trial began."""
     groups, _ = find_groups(PROGRAM, FEW)
     made_up = {"error": [0.0, 1e-3, 1e-2, 1e-1], "bytes": [400.0, 100.0, 50.0, 25.0], "us@0": [0.0] * 4}
-    made_up["memory"] = made_up["bytes"]
+    made_up["memory"] = made_up["operations"] = made_up["bytes"]
     arrays = {kind: [np.array(each)] * len(groups) for kind, each in made_up.items()}
-    estimates = Estimates(groups, arrays, {"error": 0.0, "bytes": 0.0, "memory": 0.0, "us@0": 100.0})
+    estimates = Estimates(groups, arrays, dict.fromkeys(made_up, 0.0) | {"us@0": 100.0})
     monkeypatch.setattr(searching, "estimated", lambda *_a, **_k: estimates)
 
     def run(seconds, **changes):

@@ -21,7 +21,7 @@ from test_tune import LABELS, PROGRAM, X, found
 import lepton_xla as lx
 from lepton_xla.errors import MissingPackageError, TuningError
 from lepton_xla.train import TrainSpec, supervised
-from lepton_xla.tuning import CHOICES, Budget, Constraints, searching, studies, trials
+from lepton_xla.tuning import CHOICES, Budget, Constraints, studies, trials
 from lepton_xla.tuning.candidates import Candidates, Estimates
 from lepton_xla.tuning.studies import Study
 from lepton_xla.tuning.trainings import Trainer, first_of
@@ -39,7 +39,7 @@ SPEC = TrainSpec(
 
 
 def ended(key, objective=1.0, failure="", origin="trained"):
-    return searching.Trial(key, "", origin, {}, judged=0.1, bytes=int(objective), failure=failure)
+    return trials.Trial(key, "", origin, {}, judged=0.1, bytes=int(objective), failure=failure)
 
 
 @pytest.fixture
@@ -331,14 +331,16 @@ def test_channels_are_removed_where_there_are_some():
 
 
 def test_channels_that_are_removed_make_what_is_chosen_larger_and_the_model_smaller():
-    costs = {"error": [np.array([0.0, 1.0])], "bytes": [np.array([80.0, 20.0])]}
+    costs = {kind: [np.array([80.0, 20.0])] for kind in ("bytes", "operations")} | {"error": [np.array([0.0, 1.0])]}
     candidates = Candidates(
-        Estimates([None], costs, {"bytes": 20.0, "error": 0.0}), Constraints(max_drop=1.0, max_bytes=60), "metric"
+        Estimates([None], costs, {"bytes": 20.0, "operations": 0.0, "error": 0.0}),
+        Constraints(max_drop=1.0, max_bytes=60),
+        "metric",
     )
     assert candidates.within(1.0) == (1,)  # 40 bytes; (20 + 80) in float are too many
     assert candidates.within(1.0, removed=0.5) == (0,)  # a quarter of 100
     assert candidates.expected((0,), removed=0.5)["bytes"] == 25
-    assert candidates.within(1.0, removed=0.5, more=2.5) == (1,)  # 62 of 60 that may be
+    assert candidates.within(1.0, removed=0.5, more={"bytes": 2.5}) == (1,)  # 62 of 60 that may be
 
 
 def test_a_training_removes_channels(trained):

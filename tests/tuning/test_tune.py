@@ -134,6 +134,8 @@ def test_what_is_found_is_built_again_from_its_recipe(smallest):
     assert (best.us, best.float_us, best.latency) == ((80.0,), (100.0,), pytest.approx(0.8))
     for trial in tuned.trials:
         assert trial.estimates["bytes"] == pytest.approx(trial.bytes, rel=0.1)
+        assert trial.estimates["operations"] == pytest.approx(trial.operations, rel=0.1)
+    assert tuned.float_operations == 2 * 8 * 16 + 16 * 4
 
 
 def test_the_same_seed_gives_the_same_trials(smallest):
@@ -257,6 +259,12 @@ def test_constraints_that_no_measurement_keeps_to_give_the_nearest(smallest):
     ("changes", "error", "said"),
     [
         ({"constraints": Constraints(5.0, max_bytes=10)}, TuningError, "max_bytes = 10 cannot be kept to"),
+        (
+            {"constraints": Constraints(5.0, max_operations=9)},
+            TuningError,
+            "max_operations = 9 cannot .* multiply-adds",
+        ),
+        ({"constraints": Constraints(5.0, max_latency_ms=(1, 2))}, TuningError, "has 2 limits, but .* at 1 sizes"),
         ({"constraints": Constraints(max_drop=0.1)}, TuningError, "600 rows, of which 300 .* 2000 rows would do"),
         ({"constraints": Constraints(max_bytes=100)}, TuningError, "objective 'bytes' needs max_drop"),
         ({"objective": "metric"}, TuningError, "needs max_bytes"),
