@@ -49,7 +49,9 @@ class ModelSpec:
         module: a Flax Linen module (its variables in `weights`) or NNX module (which holds its own).
         weights: a pytree of arrays; for Linen the variables, all collections.
         buckets: symbolic dimension -> sizes to compile for; `--buckets` on the command line overrides it.
-        calibration: input dicts, or a function that returns them, for recipes that need calibration data.
+        calibration: input dicts, or a function that returns them, for recipes that need calibration data, and for the
+            profile that drift is measured against. Of a generator, what it is asked: dicts of `prompt`, a list of
+            prompts, and how they are continued, such as `max_tokens`.
         generator: a model that generates tokens; it has weights and inputs of its own.
         convert: what clients send instead of some inputs, and get instead of some outputs: a function such as
             `lambda program: lx.take_texts(program, "tokenizer.json")`. Calibration data may be either.

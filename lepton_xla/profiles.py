@@ -28,6 +28,8 @@ _BINS = 10
 # Outputs with more classes have no feature for the class.
 _MOST_CLASSES = 128
 _MOST_FEATURES = 4096
+# Values of integers, such as tokens, that are told apart; others count as one of these.
+_VALUES = 1 << 12
 # Elements that statistics are made of at a time: OpenBLAS uses one thread up to 2**18 multiplications.
 _MOST_AT_ONCE = (1 << 18) // _PROJECTIONS
 # Of a tensor with more elements a row, the statistics are of this many of them, evenly spaced.
@@ -39,7 +41,8 @@ class Feature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     Attributes:
         name: `image:mean` is the mean of the tensor `image`, `x[3]` an element, `image:projection 2` a fixed random
-            direction, `output:class` the index of the largest output, `output:confidence` its probability.
+            direction, `output:class` the index of the largest output, `output:confidence` its probability. Of tokens,
+            `tokens:projection 2` is the mean of one fixed random number for each.
         edges: ascending; bin i holds the values above edge i - 1 and up to edge i, one more bin those above the last.
             The last count is of values that are not finite.
         counts: of the known data, by bin.
@@ -223,6 +226,9 @@ def _statistics(
         used = (flat != 0).sum(axis=1)
         yield f"{name}:length", used.astype(np.float64)
         yield f"{name}:mean", flat.sum(axis=1) / np.maximum(used, 1)
+        if np.issubdtype(sampled.dtype, np.integer):
+            sums = _summed(sampled % _VALUES)
+            yield from ((f"{name}:projection {index}", each / np.maximum(used, 1)) for index, each in enumerate(sums))
         return
     yield from ((f"{name}[{index}]", column) for index, column in enumerate(flat.T))
 
@@ -243,6 +249,15 @@ def _summaries(
         part[1] = np.sqrt(np.einsum("ij,ij->i", flat, flat) / flat.shape[1])  # in place, where `std` takes copies
     kinds = ("mean", "deviation", *(f"projection {index}" for index in range(_PROJECTIONS)))
     yield from ((f"{name}:{kind}", values) for kind, values in zip(kinds, found, strict=True))
+
+
+def _summed(values: Shaped[np.ndarray, "rows elements"]) -> Float64[np.ndarray, "projections rows"]:
+    """The sums of the random numbers of the values of each row; zero has none."""
+    numbers = _directions(_VALUES).copy()
+    numbers[0] = 0
+    step = max(1, _MOST_AT_ONCE // max(1, values.shape[1]))
+    parts = [numbers[values[start : start + step]].sum(axis=1) for start in range(0, len(values), step)]
+    return np.concatenate(parts).T if parts else np.empty((_PROJECTIONS, 0))
 
 
 def _sampled(array: Shaped[np.ndarray, "rows ..."]) -> Shaped[np.ndarray, "rows elements"] | None:

@@ -77,13 +77,14 @@ class SampleHead(msgspec.Struct, frozen=True, tag="sample"):
     outputs: tuple[Kept, ...]
 
 
-class LabelHead(msgspec.Struct, frozen=True, tag="labels"):
-    """Feedback that came: the right class of each row of a request, and the version that answered it."""
+class LabelHead(msgspec.Struct, frozen=True, tag="labels", omit_defaults=True):
+    """Feedback that came: the right class of each row of a request, or the right reply; and who answered it."""
 
     id: str
     version: str
     time_s: float
     labels: tuple[int, ...]
+    reply: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Sample:
         inputs, outputs: by name; without those that are dropped. Of those that are hashed, a uint8 array `[rows, 32]`.
         hashed: names of those.
         labels: the right class of each row, or None while there was no feedback.
+        reply: the right reply, of a model that generates.
     """
 
     id: str
@@ -106,6 +108,7 @@ class Sample:
     outputs: dict[str, np.ndarray]
     hashed: frozenset[str]
     labels: tuple[int, ...] | None
+    reply: str | None = None
 
 
 class Samples:
@@ -287,7 +290,7 @@ def _next_magic(file: BinaryIO, place: int, size: int) -> int:
     return size
 
 
-def _read_sample(file: BinaryIO, place: int, labels: tuple[int, ...] | None) -> Sample | None:
+def _read_sample(file: BinaryIO, place: int, told: LabelHead | None) -> Sample | None:
     size = os.fstat(file.fileno()).st_size
     frame = _read_frame(file, place, size)
     if frame is None:
@@ -309,21 +312,23 @@ def _read_sample(file: BinaryIO, place: int, labels: tuple[int, ...] | None) -> 
             start = stop
         arrays.append(found)
     hashed = frozenset(each.name for each in (*head.inputs, *head.outputs) if each.dtype == "sha256")
-    return Sample(head.id, head.version, head.time_s, arrays[0], arrays[1], hashed, labels)
+    reply = None if told is None else told.reply
+    labels = None if told is None or reply is not None else told.labels
+    return Sample(head.id, head.version, head.time_s, arrays[0], arrays[1], hashed, labels, reply)
 
 
 def _joined(
     asked: Mapping[tuple[str, str], Sequence[tuple[float, int, int]]], told: Sequence[LabelHead]
-) -> dict[int, tuple[int, ...]]:
-    """Index of a sample -> its labels. An id that was used again means the last request before the labels came."""
-    labels: dict[int, tuple[int, ...]] = {}
+) -> dict[int, LabelHead]:
+    """Index of a sample -> its feedback. An id that was used again means the last request before the labels came."""
+    labels: dict[int, LabelHead] = {}
     for each in sorted(told, key=lambda each: each.time_s):
         candidates = sorted(asked.get((each.id, each.version), ()))
         at = bisect.bisect_right(candidates, each.time_s, key=lambda candidate: candidate[0])
         if at:
             _, index, rows = candidates[at - 1]
-            if rows in (len(each.labels), 0):
-                labels[index] = each.labels
+            if rows in (len(each.labels) if each.reply is None else 1, 0):
+                labels[index] = each
     return labels
 
 

@@ -28,6 +28,8 @@ from lepton_xla.sharding import Placement, Rules
 from lepton_xla.sharding.meshes import abstract_mesh
 from lepton_xla.sharding.meshes import mesh as mesh_of
 
+_PROMPT = "prompt"
+
 
 def load_target[T](target: str, kind: type[T] = ModelSpec) -> T:
     """Import what a command names; what its file prints goes to stderr, because stdout is for results."""
@@ -149,10 +151,26 @@ def calibration(
         first = next(rest, None)
     if first is None:
         return (), None
+    if program.generation is not None and _PROMPT in first:
+        return None, None  # prompts say what is asked, not what its steps are to be calibrated with
     check_batch(program, first, "calibration batch 0")
     # The data may be a generator, which yields the first batch only once and may fail at any batch.
     rest = _guarded(rest)
     return itertools.chain([first], rest), {name: np.asarray(value) for name, value in first.items()}
+
+
+def to_profile(spec: ModelSpec, program: Program) -> Iterable[Mapping[str, Any]] | None:
+    """The data that an artifact's profile is made of, or None: of a model that generates, prompts.
+
+    Raises:
+        CalibrationError, ModelError: as `calibration`.
+    """
+    if program.generation is None:
+        return calibration(spec, program)[0]
+    with _user_code("calibration"):
+        batches = spec.calibration_batches()
+    prompts = [] if batches is None else [batch for batch in _guarded(iter(batches)) if _PROMPT in batch]
+    return prompts or None
 
 
 def _guarded(batches: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -177,11 +177,11 @@ def compile(
         )
         compile_s = time.perf_counter() - started
 
-        if batches is not None:
+        # The data again: optimizing may have read it to its end.
+        known = _models.to_profile(spec, small)
+        if known is not None:
             step("profile the calibration data")
-            # The data again: optimizing may have read it to its end.
-            known, _ = _models.calibration(spec, small)
-            artifact = artifact.with_profile(known or ())
+            artifact = artifact.with_profile(known)
         servable = artifact.servable()
         if evaluate and spec.evaluate is not None:
             step("evaluate the compiled model")

@@ -156,7 +156,8 @@ class Artifact:
 
         Args:
             batches: inputs by name, rows first; the more like what will be asked, the better. The first 8,192 rows are
-                read.
+                read. Of a model that generates, prompts as `prompt` and how they are continued, such as
+                `{"prompt": ["Hello"], "max_tokens": 40}`.
 
         Raises:
             CompileError: if a batch does not fit the model.

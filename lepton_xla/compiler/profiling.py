@@ -10,6 +10,8 @@ import numpy as np
 from lepton_xla.compiler.buckets import pad
 from lepton_xla.compiler.servable import Servable
 from lepton_xla.errors import CompileError, LeptonError
+from lepton_xla.generation import Generated
+from lepton_xla.generation.rows import PADDED, rows_of
 from lepton_xla.profiles import Profile, profile_of
 from lepton_xla.program import TensorSpec
 
@@ -23,7 +25,8 @@ def profile(servable: Servable, batches: Iterable[Mapping[str, Any]]) -> Profile
 
     Args:
         servable: the model.
-        batches: inputs by name; at most the first 8,192 rows and 256 MiB are read.
+        batches: inputs by name; at most the first 8,192 rows and 256 MiB are read. Of a model that generates, prompts
+            as `prompt` and how they are continued, such as `{"prompt": ["Hello"], "max_tokens": 40}`.
 
     Returns:
         The profile; None for a model without rows, or without data.
@@ -31,6 +34,8 @@ def profile(servable: Servable, batches: Iterable[Mapping[str, Any]]) -> Profile
     Raises:
         CompileError: if a batch does not fit the model.
     """
+    if servable.stepper is not None:
+        return _profile_of_replies(servable, batches)
     rows_symbol = servable.row_symbol
     if rows_symbol is None or not all(rows_symbol in spec.symbols for spec in servable.outputs.values()):
         return None
@@ -64,6 +69,24 @@ def profile(servable: Servable, batches: Iterable[Mapping[str, Any]]) -> Profile
         {name: joined[name] for name in servable.outputs},
         [name for name, spec in (*servable.inputs.items(), *servable.outputs.items()) if _is_padded(spec, rows_symbol)],
     )
+
+
+def _profile_of_replies(servable: Servable, batches: Iterable[Mapping[str, Any]]) -> Profile | None:
+    found: list[Generated] = []
+    for number, batch in enumerate(batches):
+        if "prompt" not in batch:
+            raise CompileError(f"batch {number} of the data to profile has no 'prompt', a list of prompts")
+        options = {name: value for name, value in batch.items() if name != "prompt"}
+        try:
+            found += servable.generator.generate(batch["prompt"], **options)
+        except LeptonError as error:
+            raise CompileError(f"batch {number} of the data to profile does not fit the model: {error}") from error
+        if len(found) >= _MOST_ROWS:
+            break
+    if not found:
+        return None
+    assert servable.stepper is not None
+    return profile_of(*rows_of(found[:_MOST_ROWS], servable.stepper), PADDED)
 
 
 def _is_padded(spec: TensorSpec, rows_symbol: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -22,6 +23,8 @@ class Generated:
         tokens: the new tokens, without the one that ended it.
         text: their text, without the stop text; empty without a tokenizer.
         finish: `stop` if a token or a text ended it, `length` if there were enough.
+        prompt: the tokens of the prompt.
+        certainty: the probability of the likeliest first token.
 
     >>> Generated((3, 6), "", "length").finish
     'length'
@@ -30,6 +33,8 @@ class Generated:
     tokens: tuple[int, ...]
     text: str
     finish: Finish
+    prompt: tuple[int, ...] = ()
+    certainty: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +94,12 @@ class Engine:
             for sequence in sequences:
                 self.cancel(sequence)
         return [
-            Generated(tuple(each.tokens), each.text.text if each.text is not None else "", each.finish)
+            Generated(
+                tuple(each.tokens), each.text.text if each.text is not None else "", each.finish, each.prompt,
+                each.certainty,
+            )
             for each in sequences
-        ]
+        ]  # fmt: skip
 
     def stream(self, prompt: Any, sampling: Sampling | None = None, **options: Any) -> Stream:
         """Continue one prompt, and give each token as it comes. Arguments and errors are those of `generate`."""

@@ -6,6 +6,7 @@ waiting sequence, and then decodes one token of every sequence. A sequence that 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -65,6 +66,7 @@ class Generation:
         error: what failed, if something did.
         beams: its continuations, if it is found by beam search.
         slots: its own, those of its beams that go on first.
+        certainty: the probability of the likeliest first token; NaN while there is none.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Generation:
         self.chooser: Chooser | None = None
         self.beams: Beams | None = None
         self.slots: list[int] = []
+        self.certainty = math.nan
 
 
 class Slots:
@@ -170,6 +173,7 @@ class Slots:
         sequence.chooser = Chooser(sampling, sequence.prompt if steps.first_position is None else ())
         try:
             logits = steps.prefill(sequence.prompt, slot)
+            sequence.certainty = _certainty(logits)
             if sampling.num_beams > 1:
                 ends = () if sampling.ignore_end else (*steps.end_tokens, *sampling.end_tokens)
                 sequence.beams = Beams(sampling.num_beams, sampling.length_penalty, sequence.limit, ends)
@@ -298,6 +302,11 @@ def sequence_of(
     limit = min(DEFAULT_TOKENS, room) if wanted is None else wanted
     text = TextStream(tokenizer, sampling.stop) if tokenizer is not None else None
     return Generation(tokens, sampling, limit, text, told)
+
+
+def _certainty(logits: np.ndarray) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float(1 / np.exp(logits - logits.max()).sum())
 
 
 def _beams_of(steps: Steps) -> str:

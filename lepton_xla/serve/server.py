@@ -35,6 +35,7 @@ from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.remote import open_repository
 from lepton_xla.serve.models.settings import Serving
 from lepton_xla.serve.monitor.monitor import Monitor
+from lepton_xla.serve.monitor.replies import Replies, signature_of_replies
 from lepton_xla.serve.monitor.sampler import SampleWriter
 from lepton_xla.serve.observe.health import STALL_S
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
@@ -371,17 +372,19 @@ def open_model(
         SampleError: if the settings of samples do not fit the model.
     """
     serving = serving or Serving()
+    steps = getattr(engine.model, "stepper", None)
+    watched = signature if steps is None else signature_of_replies(signature, steps)
     if samples is not None:
         # Before anything is counted of the version, since settings that do not fit are refused.
-        serving.samples.check([each.name for each in (*signature.inputs, *signature.outputs)])
+        serving.samples.check([each.name for each in (*watched.inputs, *watched.outputs)])
     counted = metrics.opened(signature.name, signature.version)
-    sampler = None if samples is None else samples.sampler(signature, serving.samples, counted.samples)
+    sampler = None if samples is None else samples.sampler(watched, serving.samples, counted.samples)
     if options.monitor:
         profile = engine.profile
         monitor = counted.monitor
-        if monitor is None or (monitor.signature, monitor.profile) != (signature, profile):
-            monitor = counted.monitor = Monitor(signature, profile, before=monitor)
-        if profile is not None:
+        if monitor is None or (monitor.signature, monitor.profile) != (watched, profile):
+            monitor = counted.monitor = Monitor(watched, profile, before=monitor, generates=steps is not None)
+        if profile is not None and steps is None:
             engine.saw = monitor.saw
         if monitor.feedback is not None:
             monitor.feedback.taken = None if sampler is None else sampler.labelled
@@ -402,7 +405,11 @@ def open_model(
     )  # fmt: skip
     stall_s = STALL_S + 100 * max(max(costs.values()) for costs in measured.values())
     handle = ModelHandle(signature, scheduler, counted, options.limits, stall_s, model, pinned=serving.pinned)
-    handle.sampler, handle.monitor = sampler, counted.monitor
+    if steps is None:
+        handle.sampler = sampler
+    else:
+        handle.replies = Replies(steps, counted.monitor, sampler)
+    handle.monitor = counted.monitor
     return handle
 
 

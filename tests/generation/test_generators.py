@@ -155,6 +155,22 @@ def test_other_weights_take_the_place_of_the_first_ones(tmp_path):
     assert list(base.generator.generate([[5, 3]], max_tokens=6)[0].tokens) == model.reference(first, [5, 3], 6)
 
 
+def test_the_profile_is_of_what_is_asked_and_answered():
+    from lepton_xla.cli import _models
+
+    generator, artifact = made("scanned")[0], compiled("scanned")[0]
+    asked = [{"prompt": [[5, 3], [7, 2, 4]], "max_tokens": 3}, {"prompt": [[1]], "max_tokens": 3}]
+    spec = lx.ModelSpec(generator=generator, calibration=asked)
+    assert _models.calibration(spec, generator.program) == (None, None)
+    known = artifact.with_profile(_models.to_profile(spec, generator.program)).servable().profile
+    assert known is not None
+    lengths = {feature.name: feature for feature in known.features}["tokens:length"]
+    assert (known.rows, lengths.edges[1:], lengths.counts) == (3, (1, 2, 3), (0, 1, 1, 1, 0, 0))
+    assert {feature.tensor for feature in known.features} == {"tokens", "reply", "certainty"}
+    with pytest.raises(lx.CompileError, match="batch 0 of the data to profile has no 'prompt'"):
+        artifact.with_profile([{"tokens": [[1]]}])
+
+
 def broken(**changed):
     model, weights = Decoder(True), decoder_weights()
     parts = {"init_cache": model.init_cache, "prefill": model.prefill, "decode": model.decode} | changed

@@ -47,6 +47,9 @@ _SMALL_ANSWER_BYTES = 1024
 # Content types of a body that is a value of a model's only input, not a JSON document.
 _ONE_VALUE = (b"image/", b"text/plain")
 
+# Routes whose requests the versions of a model may share.
+_SHARED = ("infer", "explain", "generate", "generate_stream")
+
 type Route = Callable[[Exchange], None]
 type Chosen = tuple[float, str | None]
 """With which probability the version that answers was chosen, and the version that is asked too."""
@@ -242,12 +245,13 @@ class App:
         if self._bring is not None and route.name != "model_ready" and self._bring.knows(model):
             return route.scope, functools.partial(self._wait_for, self._bring, model, head, who)
         found = weakref.ref(self._models.find(model, parameters.get("version"), parameters.get("label")))
-        if route.name in ("infer", "explain"):
-            if len(parameters) == 1 and (split := self._models.split(model)) is not None:
-                return route.scope, self._shared_route(head, model, split)
-            return route.scope, self._infer_route(head, found)
-        page = self._pages.model[route.name]
-        return route.scope, lambda exchange: page(_held(found), exchange)
+        one: Callable[[weakref.ref[ModelHandle]], Route] = functools.partial(self._infer_route, head)
+        if route.name not in ("infer", "explain"):
+            page = self._pages.model[route.name]
+            one = functools.partial(_page_route, page)
+        if route.name in _SHARED and len(parameters) == 1 and (split := self._models.split(model)) is not None:
+            return route.scope, self._shared_route(head, model, split, one)
+        return route.scope, one(found)
 
     def _wait_for(self, bring: OnDemand, model: str, head: Head, who: str, exchange: Exchange) -> None:
         """Handles a request when its model is loaded. The connection keeps the answers in order."""
@@ -284,12 +288,14 @@ class App:
         answer = self._repository.load if name == "load" else self._repository.unload
         return functools.partial(answer, parameters["model"], who)
 
-    def _shared_route(self, head: Head, model: str, split: Split) -> Route:
+    def _shared_route(
+        self, head: Head, model: str, split: Split, one: Callable[[weakref.ref[ModelHandle]], Route]
+    ) -> Route:
         """Has one of several versions answer. What depends on the header fields only is decided here."""
         ways: dict[str, tuple[Chosen, Route]] = {}
         for version, share in split.shares.items():
             found = weakref.ref(self._models.find(model, version))
-            ways[version] = (share, None), self._infer_route(head, found)
+            ways[version] = (share, None), one(found)
         mirror, shadow = self._mirror, split.shadow
         length = head.headers.get(b"inference-header-content-length", b"")
         json_bytes = int(length) if length.isdigit() and len(length) < 20 else None
@@ -459,6 +465,10 @@ class App:
         if self._repository is not None:
             self._repository.close()
         self._mirror.close()
+
+
+def _page_route(page: Callable[[ModelHandle, Exchange], None], found: weakref.ref[ModelHandle]) -> Route:
+    return lambda exchange: page(_held(found), exchange)
 
 
 def _held(found: weakref.ref[ModelHandle]) -> ModelHandle:

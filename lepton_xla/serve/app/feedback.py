@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from lepton_xla.serve.app.later import Later
@@ -17,7 +17,7 @@ from lepton_xla.serve.protocol import monitoring
 class Others(Protocol):
     """The other processes of this server, one of which may have answered."""
 
-    async def judge(self, model: str, labels: Mapping[str, Sequence[int]]) -> int:
+    async def judge(self, model: str, labels: monitoring.RightAnswers) -> int:
         """Has labels judged where the answers were given; returns the rows, or raises `HTTPError`."""
         ...
 
@@ -45,7 +45,7 @@ class FeedbackPage:
         """Takes the labels of a request: all of them, or none."""
         self._later.answer(exchange, self._judge(model, monitoring.feedback(exchange.body)), "feedback failed")
 
-    async def _judge(self, model: ModelHandle, labels: Mapping[str, Sequence[int]]) -> monitoring.FeedbackTaken:
+    async def _judge(self, model: ModelHandle, labels: monitoring.RightAnswers) -> monitoring.FeedbackTaken:
         name = model.signature.name
         judges = self._metrics.judges(name)
         if not judges:

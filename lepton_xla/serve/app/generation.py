@@ -22,7 +22,6 @@ from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
-from lepton_xla.serve.observe.metrics import Metrics
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import generation
 from lepton_xla.serve.protocol.generation import Asked, Completion, GenerateResponse, event
@@ -38,9 +37,10 @@ _AT_ONCE = 4096
 
 @dataclasses.dataclass(eq=False)
 class _Choice:
-    """One sequence of a request, and what has come of it."""
+    """One sequence of a request, what feedback calls it (empty if nobody can), and what has come of it."""
 
     sequence: Generation
+    id: str = ""
     tokens: int = 0
     last_s: float = 0.0
 
@@ -51,28 +51,34 @@ class _Answer:
     Args:
         exchange: gets it.
         decoding: runs its sequences.
-        metrics: counts.
+        model: whose metrics count, and whose replies are told of.
         codes: counts HTTP answers.
         refuse: answers with an error.
         write: `write(choice, token, text)` gives the events of a token, or of the end (token None); None for an
             answer as a whole.
         whole: gives the body of an answer as a whole, of all choices; the last events of a stream.
         workers: read what is long.
+        request_id: what feedback calls it, with the number of the prompt behind a slash if there are several.
+        mirror: `mirror(version, sequence)` has another version asked the same.
     """
 
     def __init__(
         self,
         exchange: Exchange,
         decoding: Decoding,
-        metrics: Metrics,
+        model: ModelHandle,
         codes: Any,
         refuse: Refuse,
         write: Callable[[int, Generation, int | None, str], bytes] | None,
         whole: Callable[[list[Generation]], bytes],
         workers: Workers,
+        request_id: str,
+        mirror: Callable[[str, Generation], object],
     ) -> None:
-        self._workers = workers
-        self._exchange, self._decoding, self._metrics = exchange, decoding, metrics
+        self._mirror = mirror
+        self._workers, self._id = workers, request_id
+        self._exchange, self._decoding, self._metrics = exchange, decoding, model.metrics
+        self._replies = model.replies
         self._codes, self._refuse, self._write, self._whole = codes, refuse, write, whole
         self._choices: list[_Choice] = []
         self._left = 0
@@ -107,7 +113,8 @@ class _Answer:
 
                 sequence.told = told
                 self._decoding.submit(sequence)
-                self._choices.append(_Choice(sequence, last_s=self._exchange.started_s))
+                called = f"{self._id}/{index}" if self._id and len(made) > 1 else self._id
+                self._choices.append(_Choice(sequence, called, last_s=self._exchange.started_s))
             if self._write is not None:
                 self._exchange.begin(200, *_EVENTS)
                 self._codes[200] += 1
@@ -139,6 +146,7 @@ class _Answer:
                 metrics.failures += 1
             else:
                 metrics.generations += 1
+                self._ended(choice)
         exchange = self._exchange
         failed = choice.sequence.finish == "failed" and token is None
         if self._write is not None:
@@ -149,12 +157,25 @@ class _Answer:
             if not self._left:
                 exchange.write(self._whole([each.sequence for each in self._choices]))
                 exchange.end()
+                if all(each.sequence.finish in ("stop", "length") for each in self._choices):
+                    self._codes[200] -= 1  # counted with the model's from now on
+                    metrics.answered(now - exchange.started_s, len(exchange.body), 0)
         elif failed:
             self._refuse(exchange, HTTPError(500, "generation failed"))
             self.cancel()
         elif not self._left and not exchange.answered:
-            self._codes[200] += 1
-            exchange.answer(200, self._whole([each.sequence for each in self._choices]))
+            body = self._whole([each.sequence for each in self._choices])
+            metrics.answered(now - exchange.started_s, len(exchange.body), len(body))
+            exchange.answer(200, body)
+
+    def _ended(self, choice: _Choice) -> None:
+        """A sequence has ended by itself."""
+        drawn = self._exchange.choice
+        if self._replies is not None:
+            propensity = 0.0 if drawn is None else drawn[0]
+            self._replies.answered(choice.id, choice.sequence, _text_of(choice.sequence), propensity)
+        if drawn is not None and drawn[1] is not None:
+            self._mirror(drawn[1], choice.sequence)
 
 
 class GenerationPages:
@@ -174,6 +195,7 @@ class GenerationPages:
         self._workers = workers
         self._models, self._metrics, self._limits, self._refuse = models, metrics, limits, refuse
         self._decodings: weakref.WeakKeyDictionary[ModelHandle, Decoding] = weakref.WeakKeyDictionary()
+        self._shadows: weakref.WeakSet[ModelHandle] = weakref.WeakSet()  # those that continue a prompt now
 
     def _decoding(self, model: ModelHandle) -> Decoding:
         found = self._decodings.get(model)
@@ -194,9 +216,49 @@ class GenerationPages:
         write: Callable[[int, Generation, int | None, str], bytes] | None,
         whole: Callable[[list[Generation]], bytes],
         refuse: Refuse,
+        request_id: str,
     ) -> _Answer:
         decoding, codes = self._decoding(model), self._metrics.codes
-        return _Answer(exchange, decoding, model.metrics, codes, refuse, write, whole, self._workers)
+
+        def mirror(version: str, sequence: Generation) -> None:
+            self._ask_shadow(model.name, version, sequence)
+
+        return _Answer(exchange, decoding, model, codes, refuse, write, whole, self._workers, request_id, mirror)
+
+    def _ask_shadow(self, name: str, version: str, sequence: Generation) -> None:
+        """Has another version continue a prompt, one at a time, and compares; what is drawn differs anyway."""
+        shadow = self._models.get(name, version)
+        if shadow is None:
+            return
+        counted, busy = shadow.metrics.shadow, self._shadows
+        if sequence.sampling.temperature or shadow in busy:
+            counted["dropped"] += 1
+            return
+
+        def told(again: Generation, token: int | None, text: str) -> None:
+            if token is None:
+                busy.discard(shadow)
+                ended = again.finish in ("stop", "length")
+                counted["failed" if not ended else "same" if again.tokens == sequence.tokens else "different"] += 1
+
+        try:
+            decoding = self._decoding(shadow)
+            again = decoding.engine.sequence(list(sequence.prompt), sequence.sampling)
+            again.told = told
+            decoding.submit(again)
+            busy.add(shadow)
+        except (HTTPError, InputError):
+            counted["failed"] += 1
+
+    def _find(self, name: str, exchange: Exchange) -> ModelHandle:
+        """The model that a body names; where its versions share requests, one of them."""
+        split = self._models.split(name)
+        if split is None:
+            return self._models.find(name, None, None)
+        choice = split.choose(None)
+        shadow = split.shadow if split.mirrors(choice.version) else None
+        exchange.choice = choice.propensity, shadow
+        return self._models.find(name, choice.version)
 
     def _read[T](self, exchange: Exchange, read: Callable[[], T], begin: Callable[[T], object], refuse: Refuse) -> None:
         """Reads a body, a long one on another thread, and goes on.
@@ -285,7 +347,8 @@ class GenerationPages:
             text = one.text.text if one.text is not None else ""
             return msgspec.json.encode(response(text_output=text, token_ids=one.tokens, details=details(one)))
 
-        self._answer(model, exchange, write if stream else None, whole, self._refuse).start([prompt], sampling)
+        told = write if stream else None
+        self._answer(model, exchange, told, whole, self._refuse, request.id).start([prompt], sampling)
 
     # OpenAI's form.
 
@@ -332,7 +395,7 @@ class GenerationPages:
         self._refuse(exchange, refusal)
 
     def _begin_completion(self, exchange: Exchange, asked: Asked[generation.CompletionRequest]) -> None:
-        model = self._models.find(asked.model, None, None)
+        model = self._find(asked.model, exchange)
         self._check_size(model, exchange, self._limits.max_waiting_prompts)
         request, fields = _request_of(asked)
         prompt: Any = request.prompt
@@ -345,7 +408,7 @@ class GenerationPages:
         self._complete(model, exchange, request, prompts, generation.sampling_of(fields, defaults), chat=False)
 
     def _begin_chat(self, exchange: Exchange, asked: Asked[generation.ChatRequest]) -> None:
-        model = self._models.find(asked.model, None, None)
+        model = self._find(asked.model, exchange)
         self._check_size(model, exchange)
         request, fields = _request_of(asked)
         if not request.messages:
@@ -364,12 +427,14 @@ class GenerationPages:
         chat: bool,
     ) -> None:
         number, created, stream = secrets.token_hex(12), int(time()), bool(request.stream)
+        called = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
         kind = ("chat.completion.chunk" if stream else "chat.completion") if chat else "text_completion"
         begun: set[int] = set()
 
         def completion(choices: list[dict[str, Any]], usage: generation.Usage | None = None) -> Completion:
-            name = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
-            return Completion(id=name, object=kind, created=created, model=request.model, choices=choices, usage=usage)
+            return Completion(
+                id=called, object=kind, created=created, model=request.model, choices=choices, usage=usage
+            )
 
         def choice(index: int, text: str, tokens: list[int], finish: str | None) -> dict[str, Any]:
             said: dict[str, Any] = {"index": index, "finish_reason": finish, "token_ids": tokens, "logprobs": None}
@@ -402,7 +467,12 @@ class GenerationPages:
             return msgspec.json.encode(completion(choices, usage(sequences)))
 
         refuse = self._refuse_in_their_words
-        self._answer(model, exchange, write if stream else None, whole, refuse).start(prompts, sampling)
+        self._answer(model, exchange, write if stream else None, whole, refuse, called).start(prompts, sampling)
+
+
+def _text_of(sequence: Generation) -> str:
+    """The text of a reply; of a model without a tokenizer its tokens, separated by blanks."""
+    return " ".join(map(str, sequence.tokens)) if sequence.text is None else sequence.text.text
 
 
 def _check_coding(exchange: Exchange) -> None:

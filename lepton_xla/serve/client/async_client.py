@@ -83,7 +83,7 @@ class AsyncClient(Caller):
         return arrays_of(await self._call(request, attempts))
 
     async def feedback(
-        self, model: str | None, labels: Mapping[str, int | Sequence[int]], *, timeout_s: float | None = None
+        self, model: str | None, labels: Mapping[str, int | Sequence[int] | str], *, timeout_s: float | None = None
     ) -> int:
         """See `Client.feedback`."""
         attempts = self._attempts(timeout_s)

@@ -373,17 +373,20 @@ class Caller:
         return request
 
 
-def feedback_of(labels: Mapping[str, int | Sequence[int]]) -> bytes:
+def feedback_of(labels: Mapping[str, int | Sequence[int] | str]) -> bytes:
     """The body of a feedback request.
 
     Raises:
-        InputError: if a label is no integer, nor a list of them.
+        InputError: if a label is no integer, nor a list of them, nor a text.
 
     >>> feedback_of({"a": 3, "b": np.array([1, 2])})
     b'{"feedback":[{"id":"a","label":3},{"id":"b","label":[1,2]}]}'
     """
     entries: list[dict[str, Any]] = []
     for request_id, label in labels.items():
+        if isinstance(label, str):
+            entries.append({"id": request_id, "label": label})
+            continue
         array = np.asarray(label)
         if array.ndim > 1 or not np.issubdtype(array.dtype, np.integer):
             raise InputError(f"the label of request {request_id!r} must be a class, or one for each of its rows")

@@ -113,7 +113,7 @@ class Client(Caller):
         return arrays_of(self._call(request, attempts))
 
     def feedback(
-        self, model: str | None, labels: Mapping[str, int | Sequence[int]], *, timeout_s: float | None = None
+        self, model: str | None, labels: Mapping[str, int | Sequence[int] | str], *, timeout_s: float | None = None
     ) -> int:
         """Tell the server the right answers of earlier requests, all or none.
 
@@ -121,7 +121,8 @@ class Client(Caller):
 
         Args:
             model: its name; None for the server's only one.
-            labels: the `request_id` of each -> its class, or the class of each of its rows.
+            labels: the `request_id` of each -> its class, or the class of each of its rows; of a model that generates,
+                the right reply.
             timeout_s: seconds for this call, instead of the client's.
 
         Returns:
@@ -130,7 +131,7 @@ class Client(Caller):
         Raises:
             RequestError: 404 for a request that the model has not answered, or not lately; 409 for one that has had
                 other feedback.
-            InputError: if a label is no integer.
+            InputError: if a label is neither an integer nor a text.
 
         >>> with Client(url) as client:
         ...     _ = client.infer("double", x=np.float32([[1, 2]]), request_id="first")

@@ -7,6 +7,7 @@ from time import time
 from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.monitor.monitor import Monitor
+from lepton_xla.serve.monitor.replies import Replies
 from lepton_xla.serve.monitor.sampler import Sampler
 from lepton_xla.serve.observe.health import STALL_S, Health
 from lepton_xla.serve.observe.metrics import Metrics
@@ -37,6 +38,7 @@ class ModelHandle:
         decoder: reads its requests. The specs that it keeps hold the heads of the answers.
         model, pinned: as given.
         sampler: keeps requests and answers in files, if the server keeps samples.
+        replies: has what it generates watched and kept; None for a model that does not generate.
         monitor: watches its answers, if the server monitors. Another artifact in the place of the version has another.
     """
 
@@ -49,6 +51,7 @@ class ModelHandle:
         "model",
         "monitor",
         "pinned",
+        "replies",
         "sampler",
         "scheduler",
         "signature",
@@ -68,6 +71,7 @@ class ModelHandle:
         self.pinned = pinned
         self.sampler: Sampler | None = None
         self.monitor: Monitor | None = None
+        self.replies: Replies | None = None
         self._opened_s = time()
         self.model = model
         self.signature = signature

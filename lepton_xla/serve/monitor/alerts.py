@@ -154,7 +154,7 @@ def measure(
     if name == "agreement":
         counted = history.last(int(condition.over), mirrored_rows)
         return None if counted is None else counted["shadow"]["same"] / mirrored_rows(counted)
-    if name in ("drift", "ks", "missing"):
+    if name in ("drift", "shift", "ks", "missing"):
         return _drift(condition, subject, {} if drift_over is None else drift_over)
     window = history.over(condition.over)
     if window is None:

@@ -6,22 +6,23 @@ comes.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from lepton_xla.dtypes import classes_of
 from lepton_xla.serve.errors import HTTPError
-from lepton_xla.serve.protocol.monitoring import MAX_ID
+from lepton_xla.serve.protocol.monitoring import MAX_ID, RightAnswers
 
 # Labels beyond these are counted as right or wrong only.
 _MOST_LABELS = 128
 
 
-type Held = dict[str, tuple[Sequence[int], bytes]]
-"""Request id -> the right class of each row, and the answer."""
+type Held = dict[str, tuple[Sequence[int | str], bytes]]
+"""Request id -> the right class of each row, or the right reply; and the answer."""
 
 
 class Feedback:
@@ -38,7 +39,7 @@ class Feedback:
         labels: label -> rows with the label that were answered so, rows with the label, rows that were answered so.
         weighted: of rows whose version was drawn with a known probability p, the sums of 1, 1/p, 1/p^2, r/p and r/p^2,
             with r 1 for a right answer; what an off-policy estimate needs.
-        taken: called with the labels that were judged, request id -> the right class of each row.
+        taken: called with the labels that were judged.
 
     >>> feedback = Feedback(np.dtype("float32"), classes=3)
     >>> feedback.remember("a", np.float32([[0, 2, 1]]).tobytes())
@@ -53,6 +54,7 @@ class Feedback:
         self._classes = classes
         self._most = most
         self._most_bytes = most_bytes
+        self._read = type(self), dtype, classes
         # In the place of an answer that was judged, a hash of its labels: the same may come again, others may not.
         self._answers: OrderedDict[str, bytes | int] = OrderedDict()
         self._bytes = 0
@@ -60,7 +62,7 @@ class Feedback:
         self.labels: dict[str, list[int]] = {}
         self.weighted = [0.0] * 5
         self._propensities: dict[str, float] = {}
-        self.taken: Callable[[Mapping[str, Sequence[int]]], object] | None = None
+        self.taken: Callable[[RightAnswers], object] | None = None
 
     def remember(self, request_id: str, output: bytes | memoryview, propensity: float = 0.0) -> None:
         """Keeps an answer; one with the same id is forgotten.
@@ -91,7 +93,7 @@ class Feedback:
 
         Otherwise this one, and what the other has counted goes on in it.
         """
-        if (self._dtype, self._classes) == (before._dtype, before._classes):
+        if self._read == before._read:
             return before
         self.right, self.wrong, self.weighted = before.right, before.wrong, before.weighted
         self.labels = before.labels
@@ -117,11 +119,8 @@ class Feedback:
         """Those of some requests whose answer is kept, or was judged."""
         return [each for each in request_ids if each in self._answers]
 
-    def hold(self, labels: Mapping[str, Sequence[int]]) -> Held:
+    def hold(self, labels: RightAnswers) -> Held:
         """Checks labels without counting them, and holds the answers that they are for, whatever is dropped meanwhile.
-
-        Args:
-            labels: request id -> the right class of each row.
 
         Returns:
             What `settle` takes, without labels that were counted before, as retries bring them.
@@ -130,7 +129,6 @@ class Feedback:
             HTTPError: 404 for an id that is not known, 409 for one that was judged by other labels, 400 for labels that
                 do not fit.
         """
-        row_bytes = self._dtype.itemsize * self._classes
         held: Held = {}
         for request_id, right in labels.items():
             kept = self._answers.get(request_id)
@@ -140,13 +138,23 @@ class Feedback:
                 if kept != hash(tuple(right)):
                     raise HTTPError(409, "this request has had other feedback")
                 continue
-            if len(right) * row_bytes != len(kept):
-                rows = len(kept) // row_bytes
-                raise HTTPError(400, f"the request had {rows} rows, the feedback has {len(right)} labels")
-            if right and not 0 <= min(right) <= max(right) < self._classes:
-                raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
+            self._check(right, kept)
             held[request_id] = right, kept
         return held
+
+    def _check(self, right: Sequence[int | str], kept: bytes) -> None:
+        classes = [each for each in right if not isinstance(each, str)]
+        if len(classes) < len(right):
+            raise HTTPError(400, "a label is a text; this model's are classes")
+        row_bytes = self._dtype.itemsize * self._classes
+        if len(right) * row_bytes != len(kept):
+            rows = len(kept) // row_bytes
+            raise HTTPError(400, f"the request had {rows} rows, the feedback has {len(right)} labels")
+        if classes and not 0 <= min(classes) <= max(classes) < self._classes:
+            raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
+
+    def _answers_of(self, kept: Sequence[bytes]) -> Sequence[int | str]:
+        return classes_of(np.frombuffer(b"".join(kept), self._dtype).reshape(-1, self._classes)).tolist()
 
     def settle(self, held: Held) -> None:
         """Counts what was held; what somebody else has counted meanwhile, not again."""
@@ -154,8 +162,7 @@ class Feedback:
         held = {request_id: each for request_id, each in held.items() if not isinstance(now.get(request_id), int)}
         if not held:
             return
-        kept = b"".join([answer for _, answer in held.values()])
-        answers = classes_of(np.frombuffer(kept, self._dtype).reshape(-1, self._classes)).tolist()
+        answers = self._answers_of([answer for _, answer in held.values()])
         self._count([label for right, _ in held.values() for label in right], answers)
         at = 0
         for request_id, (right, answer) in held.items():
@@ -168,11 +175,8 @@ class Feedback:
         if self.taken is not None:
             self.taken({request_id: right for request_id, (right, _) in held.items()})
 
-    def judge(self, labels: Mapping[str, Sequence[int]]) -> int:
+    def judge(self, labels: RightAnswers) -> int:
         """Counts right answers: all of them, or none. Labels that come again, as retries do, are not counted again.
-
-        Args:
-            labels: request id -> the right class of each row.
 
         Returns:
             How many rows were judged, then or before.
@@ -183,14 +187,14 @@ class Feedback:
         self.settle(self.hold(labels))
         return sum(map(len, labels.values()))
 
-    def _count(self, labels: Sequence[int], answers: Sequence[int]) -> None:
+    def _count(self, labels: Sequence[int | str], answers: Sequence[int | str]) -> None:
         for (label, answer), rows in Counter(zip(labels, answers, strict=True)).items():
             if label == answer:
                 self.right += rows
             else:
                 self.wrong += rows
             for value, place in ((label, 1), (answer, 2)):
-                if value < 0:
+                if isinstance(value, str) or value < 0:
                     continue  # no class was answered
                 name = str(value)
                 if name in self.labels or len(self.labels) < _MOST_LABELS:
@@ -199,9 +203,9 @@ class Feedback:
                     if label == answer and place == 1:
                         counts[0] += rows
 
-    def _weigh(self, propensity: float, labels: Sequence[int], answers: Sequence[int]) -> None:
+    def _weigh(self, propensity: float, labels: Sequence[int | str], answers: Sequence[int | str]) -> None:
         if propensity:
-            rows, right = len(answers), sum(map(int.__eq__, labels, answers))
+            rows, right = len(answers), sum(map(operator.eq, labels, answers))
             weight = 1 / propensity
             more = (rows, rows * weight, rows * weight**2, right * weight, right * weight**2)
             self.weighted = [before + each for before, each in zip(self.weighted, more, strict=True)]
@@ -216,17 +220,35 @@ class Feedback:
         }
 
 
+class ReplyFeedback(Feedback):
+    """The replies of a model that generates, and what they should have been: right is what is equal.
+
+    >>> feedback = ReplyFeedback()
+    >>> feedback.remember("a", "Hello!".encode())
+    >>> feedback.judge({"a": ["Hello."]}), feedback.right, feedback.wrong
+    (1, 0, 1)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(np.dtype(np.uint8), classes=1)
+
+    def _check(self, right: Sequence[int | str], kept: bytes) -> None:
+        if len(right) != 1 or not isinstance(right[0], str):
+            raise HTTPError(400, "this model generates: the label is the right reply, a text")
+
+    def _answers_of(self, kept: Sequence[bytes]) -> Sequence[int | str]:
+        return [each.decode("utf-8", "surrogatepass") for each in kept]
+
+
 def _size(request_id: str, kept: bytes | int) -> int:
     return len(request_id) + (len(kept) if isinstance(kept, bytes) else 0)
 
 
-type Part = tuple[Feedback, dict[str, Sequence[int]]]
-"""What judges some labels, and these labels: request id -> the right class of each row."""
+type Part = tuple[Feedback, RightAnswers]
+"""What judges some labels, and these labels."""
 
 
-def divide(
-    judges: Sequence[Feedback], labels: Mapping[str, Sequence[int]]
-) -> tuple[list[Part], dict[str, Sequence[int]]]:
+def divide(judges: Sequence[Feedback], labels: RightAnswers) -> tuple[list[Part], RightAnswers]:
     """Divide labels by what knows the answers; the second result are those that nothing knows.
 
     >>> first, second = (Feedback(np.dtype("float32"), classes=3) for _ in range(2))
@@ -238,6 +260,7 @@ def divide(
     parts: list[Part] = []
     rest = dict(labels)
     for judge in judges:
-        if part := {request_id: rest.pop(request_id) for request_id in judge.known(rest)}:
+        part: RightAnswers = {request_id: rest.pop(request_id) for request_id in judge.known(rest)}
+        if part:
             parts.append((judge, part))
     return parts, rest

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.profiles import Profile, Sketch
-from lepton_xla.serve.monitor.feedback import Feedback
+from lepton_xla.serve.monitor.feedback import Feedback, ReplyFeedback
 from lepton_xla.serve.protocol.signature import Signature
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -34,6 +34,7 @@ class Monitor:
         profile: of the known data; None counts no rows.
         clock: seconds, monotonic.
         before: of what the version was until now, if another artifact takes its place; its feedback goes on.
+        generates: whether what is answered are texts that the model has generated.
 
     Attributes:
         signature, profile: as given.
@@ -46,6 +47,8 @@ class Monitor:
         profile: Profile | None = None,
         clock: Callable[[], float] = monotonic,
         before: Monitor | None = None,
+        *,
+        generates: bool = False,
     ) -> None:
         self.profile = profile
         self.signature = signature
@@ -57,12 +60,12 @@ class Monitor:
         self._rows = self._bytes = 0
         self._allowance_s, self._last_s = _SAVED_S, clock()
         self._judged = judged_output(signature)
-        self.feedback: Feedback | None = None
+        self.feedback: Feedback | None = ReplyFeedback() if generates else None
         if self._judged is not None:
             tensor = signature.outputs[self._judged]
             self.feedback = Feedback(tensor.dtype, int(tensor.shape[1]))
-            if before is not None and before.feedback is not None:
-                self.feedback = self.feedback.after(before.feedback)
+        if self.feedback is not None and before is not None and before.feedback is not None:
+            self.feedback = self.feedback.after(before.feedback)
 
     def saw(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], rows: int) -> None:
         """Counts the rows of a batch. The arrays may be written to afterwards.

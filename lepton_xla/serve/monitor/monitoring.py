@@ -22,7 +22,7 @@ _log = logging.getLogger("lepton_xla.serve")
 _KEPT = ("request_s", "failures", "rejected", "expired", "sketch", "feedback", "shadow")
 WATCHED = frozenset((*_KEPT, "now"))
 """Names of the counts that `Monitoring` looks at."""
-_OF_A_PROFILE = ("drift", "ks", "missing")
+_OF_A_PROFILE = ("drift", "shift", "ks", "missing")
 _DRIFT_ROWS = int(QUANTITIES["drift"].default)
 CERTIFIED = Rule(
     name="certificate",

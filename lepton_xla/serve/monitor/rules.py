@@ -57,6 +57,8 @@ QUANTITIES: dict[str, Quantity] = {
     "queue": Quantity("rows that wait", ("",), "none", "now"),
     "drift": Quantity("population stability index of a tensor or feature, the largest of all", ("",), "optional",
                       "rows", 500),
+    "shift": Quantity("how far that index is beyond what chance makes of so many rows, the largest of all", ("",),
+                      "optional", "rows", 500),
     "ks": Quantity("Kolmogorov-Smirnov distance of a tensor or feature, the largest of all", ("", "%"), "optional",
                    "rows", 500),
     "missing": Quantity("share of values that are not finite, the largest of all", ("", "%"), "optional", "rows", 500),

@@ -17,9 +17,11 @@ from time import monotonic, sleep, time
 import msgspec
 
 from lepton_xla.errors import SampleError
+from lepton_xla.generation.rows import REPLY
 from lepton_xla.samples import Kept, LabelHead, SampleHead, record
 from lepton_xla.serve.monitor.sampling import Sampling
 from lepton_xla.serve.monitor.segments import Segments
+from lepton_xla.serve.protocol.monitoring import RightAnswers
 from lepton_xla.serve.protocol.signature import Signature, Tensor
 from lepton_xla.serve.protocol.wire import InferRequest
 
@@ -91,21 +93,50 @@ class Sampler:
             outputs: the bytes of each output that was asked for, valid until this returns.
         """
         spec = request.spec
-        if spec.id is None or not self._takes(spec.id):
-            return
+        if spec.id is not None and self._takes(spec.id):
+            asked = [index for index, _ in spec.outputs]
+            self._keep(spec.id, request.tensors, request.nbytes, asked, outputs, spec.sizes)
+
+    def replied(
+        self,
+        request_id: str,
+        inputs: Sequence[bytes],
+        outputs: Sequence[bytes],
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Keeps a prompt and its reply.
+
+        Args:
+            request_id: what feedback will call it.
+            inputs, outputs: the bytes of all of them.
+            sizes: of the symbols of the signature.
+        """
+        if self._takes(request_id):
+            nbytes = sum(map(len, inputs))
+            self._keep(request_id, inputs, nbytes, range(len(outputs)), outputs, sizes)
+
+    def _keep(
+        self,
+        request_id: str,
+        tensors: Sequence[bytes | memoryview],
+        nbytes: int,
+        asked: Sequence[int],
+        outputs: Sequence[bytes | memoryview],
+        sizes: Mapping[str, int],
+    ) -> None:
         wanted = [
             (self._outputs[index], data)
-            for (index, _), data in zip(spec.outputs, outputs, strict=True)
+            for index, data in zip(asked, outputs, strict=True)
             if self._outputs[index][0].name not in self._dropped
         ]
-        size = request.nbytes + sum(len(data) for _, data in wanted)
+        size = nbytes + sum(len(data) for _, data in wanted)
         if not self._reserve(size):  # before anything is copied
             return
         given = [(output, bytes(data)) for output, data in wanted]
-        request_id, now_s, sizes = spec.id, time(), spec.sizes
+        now_s = time()
 
         def made() -> bytes:
-            inputs = [self._kept(tensor, dtype, request.tensors[index], sizes) for index, tensor, dtype in self._inputs]
+            inputs = [self._kept(tensor, dtype, tensors[index], sizes) for index, tensor, dtype in self._inputs]
             answers = [self._kept(tensor, dtype, data, sizes) for (tensor, dtype), data in given]
             head = SampleHead(
                 self._id(request_id), self._version, now_s,
@@ -115,14 +146,18 @@ class Sampler:
 
         self._put(made, size)
 
-    def labelled(self, labels: Mapping[str, Sequence[int]]) -> None:
-        """Keeps feedback of this version's answers: request id -> the right class of each row."""
+    def labelled(self, labels: RightAnswers) -> None:
+        """Keeps feedback of this version's answers. A right reply is kept as replies themselves are, or not at all."""
         now_s = time()
         for request_id, right in labels.items():
-            if self._takes(request_id):
-                head = LabelHead(self._id(request_id), self._version, now_s, tuple(right))
-                if self._reserve(8 * len(right)):
-                    self._put(lambda head=head: record(head), 8 * len(right))
+            texts = [each for each in right if isinstance(each, str)]
+            if not self._takes(request_id) or (texts and REPLY in (*self._dropped, *self._sampling.hash)):
+                continue
+            classes = tuple(each for each in right if not isinstance(each, str))
+            head = LabelHead(self._id(request_id), self._version, now_s, classes, texts[0] if texts else None)
+            size = 8 * len(right) + sum(map(len, texts))
+            if self._reserve(size):
+                self._put(lambda head=head: record(head), size)
 
     def _kept(
         self, tensor: Tensor, dtype: str, data: bytes | memoryview, sizes: Mapping[str, int]

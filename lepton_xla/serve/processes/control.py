@@ -20,6 +20,7 @@ from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.models.changes import Change
 from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.processes.packets import Packets
+from lepton_xla.serve.protocol.monitoring import RightAnswers
 
 REPORT_S = 0.5
 """How often a worker reports its counts, in case it is killed."""
@@ -250,9 +251,7 @@ def in_pieces(counts: Mapping[str, Any], number: int = 0) -> list[Counts]:
     return [*(Counts(each, number, last=False) for each in pieces[:-1]), Counts(pieces[-1], number)]
 
 
-def labels_in_pieces(
-    number: int, model: str, labels: Mapping[str, Sequence[int]], *, count: bool = False
-) -> list[Judge]:
+def labels_in_pieces(number: int, model: str, labels: RightAnswers, *, count: bool = False) -> list[Judge]:
     """Labels in as many messages as they need."""
     text = msgspec.json.encode(labels)
     pieces = [text[start : start + _PIECE_BYTES] for start in range(0, len(text), _PIECE_BYTES)]
@@ -265,13 +264,13 @@ class Labels:
     def __init__(self) -> None:
         self._begun: dict[int, bytearray] = {}
 
-    def add(self, message: Judge) -> dict[str, list[int]] | None:
+    def add(self, message: Judge) -> dict[str, list[int | str]] | None:
         """The labels, once all pieces have come."""
         text = self._begun.setdefault(message.number, bytearray())
         text += message.piece
         if not message.last:
             return None
-        return msgspec.json.decode(self._begun.pop(message.number), type=dict[str, list[int]])
+        return msgspec.json.decode(self._begun.pop(message.number), type=dict[str, list[int | str]])
 
 
 def names_in_pieces(names: Sequence[str]) -> list[Known]:

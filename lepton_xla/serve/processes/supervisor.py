@@ -32,6 +32,7 @@ from lepton_xla.serve.processes.fleet import Fleet
 from lepton_xla.serve.processes.packets import pair
 from lepton_xla.serve.processes.tally import Tally
 from lepton_xla.serve.processes.verdicts import Verdicts
+from lepton_xla.serve.protocol.monitoring import RightAnswers
 
 _log = logging.getLogger("lepton_xla.serve")
 
@@ -292,7 +293,7 @@ class Supervisor:
         self._asks.add(task)
         task.add_done_callback(self._asks.discard)
 
-    async def _judge(self, child: Child, number: int, model: str, labels: dict[str, list[int]]) -> None:
+    async def _judge(self, child: Child, number: int, model: str, labels: RightAnswers) -> None:
         """Has the other workers judge feedback that a client has given to a worker."""
         try:
             judged = control.Judged(number, rows=await self._verdicts.judge(child, model, labels))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import Child
+from lepton_xla.serve.protocol.monitoring import RightAnswers
 
 # How long to wait for a worker that does not say what it knows.
 _WAIT_S = 2.0
@@ -26,7 +27,7 @@ class Verdicts:
         self._waiting: dict[tuple[Child, int], asyncio.Future[control.Judged | None]] = {}
         self._numbers = itertools.count(1)
 
-    async def judge(self, asker: Child, model: str, labels: Mapping[str, Sequence[int]]) -> int:
+    async def judge(self, asker: Child, model: str, labels: RightAnswers) -> int:
         """Has labels judged by the other workers: all of them, or none.
 
         Args:
@@ -42,7 +43,7 @@ class Verdicts:
         """
         others = [child for child in self._workers if child.ready and child is not asker]
         found = await asyncio.gather(*(self._ask(child, model, labels, count=False) for child in others))
-        rest, ids, parts = dict(labels), list(labels), list[tuple[Child, dict[str, Sequence[int]]]]()
+        rest, ids, parts = dict(labels), list(labels), list[tuple[Child, RightAnswers]]()
         for child, judged in zip(others, found, strict=True):
             known = [] if judged is None else [ids[index] for index in judged.known if ids[index] in rest]
             if known:
@@ -66,9 +67,7 @@ class Verdicts:
         for key in [key for key in self._waiting if key[0] is child]:
             self._waiting.pop(key).set_result(None)
 
-    async def _ask(
-        self, child: Child, model: str, labels: Mapping[str, Sequence[int]], *, count: bool
-    ) -> control.Judged | None:
+    async def _ask(self, child: Child, model: str, labels: RightAnswers, *, count: bool) -> control.Judged | None:
         """What a worker says; None if it does not."""
         key = (child, next(self._numbers))
         waiting = self._waiting[key] = asyncio.get_running_loop().create_future()

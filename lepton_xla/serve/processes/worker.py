@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from lepton_xla.errors import RepositoryError, ServeError
@@ -38,6 +38,7 @@ from lepton_xla.serve.processes.child import run_child
 from lepton_xla.serve.processes.control import Control
 from lepton_xla.serve.processes.on_demand import OnDemand
 from lepton_xla.serve.processes.packets import close_all
+from lepton_xla.serve.protocol.monitoring import RightAnswers
 from lepton_xla.serve.protocol.signature import signature_of
 from lepton_xla.serve.runtime import count_on_cores, leave, run_on_calling_thread, settle
 from lepton_xla.serve.server import open_model, sample_writer
@@ -241,7 +242,7 @@ class Worker:
 
     # Feedback.
 
-    async def judge(self, model: str, labels: Mapping[str, Sequence[int]]) -> int:
+    async def judge(self, model: str, labels: RightAnswers) -> int:
         """Has the other workers judge labels of answers that were not given here."""
         number = self._asked = self._asked + 1
         verdict = self._verdicts[number] = self._loop.create_future()
@@ -252,7 +253,7 @@ class Worker:
             raise HTTPError(judged.status, judged.error, *(["Retry-After: 1"] if judged.status == 503 else []))
         return judged.rows
 
-    def _judged(self, number: int, model: str, labels: dict[str, list[int]], *, count: bool) -> control.Judged:
+    def _judged(self, number: int, model: str, labels: RightAnswers, *, count: bool) -> control.Judged:
         """What this worker has to say to feedback that another one got."""
         parts, rest = divide(self._metrics.judges(model), labels)
         known = [index for index, request_id in enumerate(labels) if request_id not in rest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,11 +16,15 @@ MAX_ID = 512
 _FEEDBACK_BODY = 1 << 20
 
 
+type RightAnswers = Mapping[str, Sequence[int | str]]
+"""Request id -> the right class of each row, or the one right reply."""
+
+
 class FeedbackEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The right answer of one request: its class, or one for each of its rows."""
+    """The right answer of one request: its class, or one for each of its rows; or the right reply, a text."""
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID, description="The `id` of the request.")]
-    label: Annotated[int, msgspec.Meta(ge=0)] | Annotated[list[int], msgspec.Meta(min_length=1, max_length=65536)]
+    label: Annotated[int, msgspec.Meta(ge=0)] | Annotated[list[int], msgspec.Meta(min_length=1, max_length=65536)] | str
 
 
 class FeedbackRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,6 +46,7 @@ class FeatureDrift(msgspec.Struct, frozen=True):
     psi: float
     ks: float
     missing: float
+    noise: Annotated[float, msgspec.Meta(description="The psi that chance makes of so many rows at most.")]
 
 
 class LabelFigures(msgspec.Struct, frozen=True):
@@ -82,8 +88,8 @@ class Alerts(msgspec.Struct, frozen=True):
     alerts: list[AlertEntry]
 
 
-def feedback(body: bytes | bytearray) -> dict[str, list[int]]:
-    """Decodes a feedback request: request id -> the right class of each row.
+def feedback(body: bytes | bytearray) -> RightAnswers:
+    """Decodes a feedback request.
 
     Raises:
         HTTPError: 400 for another body, or an id that it has twice; 413 for one far too large.
@@ -96,7 +102,9 @@ def feedback(body: bytes | bytearray) -> dict[str, list[int]]:
         raise HTTPError(
             400, f'the body must be an object such as {{"feedback": [{{"id": "a", "label": 3}}]}}: {first_line(error)}'
         ) from error
-    labels = {entry.id: entry.label if isinstance(entry.label, list) else [entry.label] for entry in entries}
+    labels: RightAnswers = {
+        entry.id: entry.label if isinstance(entry.label, list) else [entry.label] for entry in entries
+    }
     if len(labels) != len(entries):
         raise HTTPError(400, "the feedback has an id twice")
     return labels

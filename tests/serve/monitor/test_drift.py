@@ -70,3 +70,17 @@ def test_a_model_that_is_idle_keeps_two_snapshots():
         history.add(second, {"rows": 5})
     assert len(history._snapshots) == 2
     assert history.over(60)[0] == {"rows": 0}
+
+
+def test_noise_is_what_chance_makes_of_so_many_rows():
+    # Drawn from one distribution, of few and of many bins, with few and with many rows.
+    random, found = np.random.default_rng(3), []
+    for bins, known, seen in ((10, 1000, 500), (78, 1000, 500), (78, 200, 100)):
+        shares = np.ones(bins) / bins
+        draws = [[*random.multinomial(rows, shares), 0] for rows in (known, seen) for _ in range(100)]
+        found = [drift(one, other) for one, other in zip(draws[:100], draws[100:], strict=True)]
+        mean = (bins - 1) * (1 / known + 1 / seen)
+        assert 0.6 < np.mean([each.psi for each in found]) / mean < 1.3
+        assert max(each.shift for each in found) < 0
+    assert drift([900, 100, 0], [100, 900, 0]).shift > 1
+    assert drift([5, 5, 0], [0, 0, 0]).shift < 0, "nothing was seen"
