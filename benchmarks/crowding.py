@@ -199,10 +199,14 @@ def budgeted(folder: pathlib.Path, models: int, columns: int, budget: int, reque
     }  # fmt: skip
 
 
+type Request = Sequence[bytes]
+"""Its bytes, in pieces. What many requests share is one piece, so that several models cost their client no more."""
+
+
 class Asking(asyncio.Protocol):
     """A connection that sends the next request when it has the answer; all answers are of one length."""
 
-    def __init__(self, requests: Sequence[bytes], at: int, ended: Callable[[str], object]) -> None:
+    def __init__(self, requests: Sequence[Request], at: int, ended: Callable[[str], object]) -> None:
         self._requests, self._at, self._ended = requests, at, ended
         self._length = self._had = 0
         self.count = 0
@@ -219,7 +223,7 @@ class Asking(asyncio.Protocol):
     def _send(self) -> None:
         self._at = (self._at + 1) % len(self._requests)
         self._had = 0
-        self._transport.write(self._requests[self._at])
+        self._transport.writelines(self._requests[self._at])
 
     def data_received(self, data: bytes) -> None:
         """Part of an answer, or all of it."""
@@ -237,7 +241,7 @@ class Asking(asyncio.Protocol):
             self._send()
 
 
-async def rate(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> float:
+async def rate(port: int, requests: Sequence[Request], connections: int, seconds: float) -> float:
     """Requests per second of a closed loop, its first quarter left out."""
     loop = asyncio.get_running_loop()
     failed: asyncio.Future[str] = loop.create_future()
@@ -265,14 +269,16 @@ def _note(failed: asyncio.Future[str], said: str) -> None:
         failed.set_result(said)
 
 
-def requests_of(names: Sequence[str], payload: Payload) -> list[bytes]:
+def requests_of(names: Sequence[str], payload: Payload) -> list[Request]:
     """A request to each model."""
     body, fields = payload.oip()
+    json_bytes = int(fields["Inference-Header-Content-Length"])
+    fields = {"Host": "127.0.0.1", "Content-Length": str(len(body)), **fields}
+    lines = "".join(f"{key}: {value}\r\n" for key, value in fields.items())
+    rows = body[json_bytes:]
     return [
-        f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n".encode()
-        + "".join(f"{key}: {value}\r\n" for key, value in fields.items()).encode() + b"\r\n" + body
-        for name in names
-    ]  # fmt: skip
+        (f"POST /v2/models/{name}/infer HTTP/1.1\r\n{lines}\r\n".encode() + body[:json_bytes], rows) for name in names
+    ]
 
 
 def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[int], seconds: float) -> dict[str, Any]:
@@ -290,7 +296,7 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
     alike: dict[str, dict[str, list[float]]] = {}
     whole_rates: dict[int, list[float]] = {count: [] for count in counts}
 
-    def measured(asked: Sequence[bytes], at_once: int) -> tuple[float, float]:
+    def measured(asked: Sequence[Request], at_once: int) -> tuple[float, float]:
         before = _batches(server)
         per_s = uvloop.run(rate(server.port, asked, at_once, seconds))
         rows, executions = (after - then for after, then in zip(_batches(server), before, strict=True))

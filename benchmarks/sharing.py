@@ -91,12 +91,12 @@ def counted(client: RepositoryClient) -> tuple[float, float]:
     return busy_s, answered
 
 
-def request(payload: Payload, user: int) -> bytes:
+def request(payload: Payload, user: int) -> crowding.Request:
     """A request of one user."""
     body, fields = payload.oip()
     lines = "".join(f"{key}: {value}\r\n" for key, value in {**fields, "X-User": str(user)}.items())
     start = f"POST /v2/models/{payload.model}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
-    return f"{start}{lines}\r\n".encode() + body
+    return f"{start}{lines}\r\n".encode(), body
 
 
 def measure(options: argparse.Namespace) -> Iterator[Any]:

@@ -17,7 +17,7 @@ import journal
 import models
 import numpy as np
 import uvloop
-from crowding import figure, rate, serve
+from crowding import Request, figure, rate, serve
 from loops import on_cores
 from payloads import Payload
 from server_process import Server
@@ -55,18 +55,18 @@ _COSTS = (
 )
 
 
-def requests_of(payload: Payload, ids: Sequence[str | None]) -> list[bytes]:
+def requests_of(payload: Payload, ids: Sequence[str | None]) -> list[Request]:
     """A whole HTTP request for each id."""
     body, fields = payload.oip()
     length = int(fields["Inference-Header-Content-Length"])
     head, rest = json.loads(body[:length]), body[length:]
-    made: list[bytes] = []
+    made: list[Request] = []
     for each in ids:
         text = json.dumps(head if each is None else {"id": each, **head}).encode()
         lines = fields | {"Inference-Header-Content-Length": str(len(text)), "Content-Length": str(len(text + rest))}
         first = f"POST /v2/models/{payload.model}/infer HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        made.append((first + "".join(f"{key}: {value}\r\n" for key, value in lines.items())).encode() + b"\r\n")
-        made[-1] += text + rest
+        first += "".join(f"{key}: {value}\r\n" for key, value in lines.items()) + "\r\n"
+        made.append((first.encode() + text, rest))
     return made
 
 

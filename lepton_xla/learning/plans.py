@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,10 @@ class LearningPlan:
                 raise LearningError(f"learning: {name} = {value!r}; expected a whole number of at least 1")
         if not _is_whole(self.seed) or self.seed < 0:
             raise LearningError(f"learning: seed = {self.seed!r}; expected a whole number of at least 0")
+        for field in dataclasses.fields(self):  # those of NumPy cannot be sent to a server
+            value = getattr(self, field.name)
+            if _is_whole(value) or _is_number(value):
+                object.__setattr__(self, field.name, int(value) if _is_whole(value) else float(value))
 
     def rollout(self, version: str) -> dict[str, Any]:
         """The rollout to ask the server for.
@@ -88,8 +93,8 @@ class LearningPlan:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

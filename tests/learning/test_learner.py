@@ -1,5 +1,6 @@
 """One round of learning on files: what is trained, judged, refused, and what a bad input says."""
 
+import json
 import math
 
 import learning_model
@@ -206,6 +207,14 @@ def test_a_master_whose_archive_says_that_it_is_encrypted_or_packed_otherwise_is
 def test_a_plan_of_the_wrong_type_or_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(lx.LearningError, match=next(iter(wrong))):
         LearningPlan(**wrong)
+
+
+def test_a_plan_takes_numpy_s_numbers_and_can_be_sent():
+    plan = LearningPlan(steps=np.int64(3), fresh=np.float32(0.5), seed=np.uint8(1), rollout_s=np.float32(60))
+    assert (plan.steps, plan.fresh, plan.seed) == (3, 0.5, 1)
+    assert json.loads(json.dumps(plan.rollout("4"))) == {"version": "4", "most_s": 60.0}
+    with pytest.raises(lx.LearningError, match="steps = "):
+        LearningPlan(steps=np.bool_(True))
 
 
 def test_a_damaged_master_is_named(tmp_path):

@@ -149,11 +149,6 @@ class Staging:
     def __init__(self) -> None:
         self._made: weakref.WeakValueDictionary[tuple[Any, ...], _Arrays] = weakref.WeakValueDictionary()
 
-    @property
-    def held(self) -> int:
-        """Number of sets of arrays that somebody has."""
-        return len(self._made)
-
     def arrays(self, tensors: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> _Arrays:
         """Arrays of these shapes and dtypes; those that somebody has already, if there are some."""
         key = tuple(tensors)

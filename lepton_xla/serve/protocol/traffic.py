@@ -24,9 +24,11 @@ _HEADER = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,64}")
 # These differ on every request, and are taken out of a head before its route is found.
 _FLEETING = re.compile(r"traceparent|tracestate|x-request-id|b3|x-b3-[a-z]+")
 
-type Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_LEAST_SHARE, _MOST_SHARE = 0, 1
+type Share = Annotated[float, msgspec.Meta(ge=_LEAST_SHARE, le=_MOST_SHARE)]
 # The same, looked at by `Traffic`, which knows whose it is.
-type _Part = Annotated[float, msgspec.Meta(extra_json_schema={"minimum": 0, "maximum": 1})]
+_BOUNDS = msgspec.Meta(extra_json_schema={"minimum": _LEAST_SHARE, "maximum": _MOST_SHARE})
+type _Part = Annotated[float, _BOUNDS]
 type State = Literal["shadow", "canary", "promoted", "rolled back", "stopped"]
 
 RUNNING = ("shadow", "canary")
@@ -105,7 +107,7 @@ class Traffic(_Struct, frozen=True, kw_only=True):
         if len(self.shares) > _MOST_ARMS:
             raise ValueError(f"{len(self.shares)} shares; at most {_MOST_ARMS} are possible")
         for name, share in self.shares.items():
-            if not 0 <= share <= 1:
+            if not _LEAST_SHARE <= share <= _MOST_SHARE:
                 raise ValueError(f"the share of {name[:64]!r} is {share:.6g}; write a part of 1, such as 0.2")
         total = math.fsum(self.shares.values())
         if self.shares and abs(total - 1) > _ROUNDING:

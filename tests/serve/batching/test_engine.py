@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -58,8 +59,10 @@ def test_engines_that_share_their_arrays_leave_one_another_no_rows():
     class Seeing(Tokens):
         def run(self, sizes, arrays):
             seen.append((arrays[0].ctypes.data, arrays[0].copy()))
+            held.append(weakref.ref(arrays[0]))
             return super().run(sizes, arrays)
 
+    held = []
     staging = Staging()
     engines = [Engine(Seeing(), SIGNATURE, staging=staging) for _ in range(2)]
     many, few = work(np.full((4, 4), 7, np.int32)), work(np.full((3, 4), 5, np.int32))
@@ -73,7 +76,7 @@ def test_engines_that_share_their_arrays_leave_one_another_no_rows():
     assert seen[-1][0] != first
     for engine in engines:
         engine.free()
-    assert not staging.held
+    assert [each() for each in held[:2]] == [None, None]
 
 
 def test_how_many_processors_executions_keep_busy_is_measured():

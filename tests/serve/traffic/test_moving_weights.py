@@ -1,5 +1,7 @@
 """Adjustments: a server moves its weights towards others in steps, as long as accuracy holds."""
 
+import asyncio
+import errno
 import hashlib
 import json
 import shutil
@@ -20,13 +22,17 @@ from test_traffic_of_servers import Served
 import lepton_xla as lx
 from lepton_xla.adjustments import move_weights
 from lepton_xla.compiler import master_weights, requantize
+from lepton_xla.compiler.artifact import Artifact
+from lepton_xla.errors import ArtifactError
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.app import frontend
 from lepton_xla.serve.client.repository import RepositoryClient
 from lepton_xla.serve.client.transport import RequestError
 from lepton_xla.serve.models import movements
+from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.protocol.adjustment import AdjustmentRequest
+from lepton_xla.serve.traffic.adjuster import Adjuster
 
 RANDOM = np.random.default_rng(0)
 RIGHT = {"w": RANDOM.standard_normal((16, 4)).astype(np.float32)}
@@ -203,6 +209,81 @@ def test_kill_9_in_the_middle_and_it_goes_on(repository, made, flags):
         until = time.monotonic() + 20
         while {answered(served)[0] for _ in range(8)} != {shown["version"]}:
             assert time.monotonic() < until
+
+
+def adjuster(repository, clock, faulty=()):
+    """An adjuster beside no server: whatever is in the repository counts as loaded."""
+
+    async def index():
+        return [
+            Entry(folder.name, each, "READY")
+            for folder in repository.root.iterdir()
+            for each in repository.find(folder.name).versions
+        ]
+
+    async def reroute(name, who):
+        pass
+
+    def loaded(name):
+        if name in faulty:
+            raise RuntimeError("a fault")
+        return []
+
+    return Adjuster(
+        repository.root, index, reroute, loaded, lambda name, version: (0, 0), lambda *_, **__: None, lambda: clock[0]
+    )
+
+
+def begun(repository, made, name, steps=1):
+    asked = AdjustmentRequest(manifest="0" * 64, alpha=0.5, steps=steps, every_s=0.0)
+    target = movements.folder_of(repository.root, name) / movements.TARGET
+    target.parent.mkdir()
+    shutil.copytree(made / "better.lepton", target)
+    repository.replan(name, lambda plan, found: movements.begun(plan, found, asked, "me", 0.0))
+
+
+def test_the_fault_of_one_adjustment_stops_no_other(repository, made):
+    repository.push(made / "base.lepton", "n")
+    begun(repository, made, "m")
+    begun(repository, made, "n")
+    asyncio.run(adjuster(repository, [1.0], faulty=("m",)).look(["m", "n"]))
+    states = {name: repository.find(name).plan.adjustment for name in ("m", "n")}
+    assert {name: each.step for name, each in states.items()} == {"m": 0, "n": 1}
+    assert states["m"].running
+
+
+@pytest.mark.parametrize("where", ["step", "commit"])
+def test_a_full_disk_delays_an_adjustment(repository, made, monkeypatch, where):
+    full, clock = [True], [1.0]
+
+    def out_of_room(real, error):
+        def call(*args, **kwargs):
+            if full:
+                raise error from OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **kwargs)
+
+        return call
+
+    begun(repository, made, "m")
+    if where == "step":
+        monkeypatch.setattr(Artifact, "save", out_of_room(Artifact.save, ArtifactError("step.lepton: cannot write")))
+    else:
+        real = Repository.commit
+        monkeypatch.setattr(Repository, "commit", out_of_room(real, OSError(errno.ENOSPC, "No space left on device")))
+    adjusting = adjuster(repository, clock)
+    asyncio.run(adjusting.look(["m"]))
+    assert (repository.find("m").plan.adjustment.running, set(repository.find("m").versions)) == (True, {"1"})
+    full.clear()
+    clock[0] += 5  # not yet tried again
+    asyncio.run(adjusting.look(["m"]))
+    assert repository.find("m").plan.adjustment.step == 0
+    clock[0] += 6
+    asyncio.run(adjusting.look(["m"]))
+    found = repository.find("m")
+    assert (found.plan.adjustment.step, found.plan.adjustment.version) == (1, "2")
+    np.testing.assert_array_equal(
+        master_weights(found.versions["2"])["w"], move_weights(RIGHT, BETTER, 0.5)["w"]
+    )  # fmt: skip
 
 
 def killed_around_a_step(repository, made):
