@@ -16,16 +16,20 @@ from lepton_xla.errors import ArtifactError, ServeError
 from lepton_xla.listing import MANIFEST, FileEntry
 from lepton_xla.serve.client.calls import RequestOf, json_of, route
 from lepton_xla.serve.client.sync_client import Client
+from lepton_xla.serve.client.transport import RequestError
 from lepton_xla.trust.bundles import SIGNATURE
 
 PIECE_BYTES = 8 << 20
 # A piece whose answer was lost is there already: the server says how much is, and sending goes on from there.
 _CONFLICT = 409
 _TOO_LARGE = 413
+_MISSING = 404
 # The server reads all files of a version, and flushes them to its disk, before it answers.
 _CHANGE_S = 600.0
 _LEAST_PIECE_BYTES = 1 << 10
 _MOST_CONFLICTS = 100
+# Artifacts are sent so often where others who push the same take the files.
+_MOST_TIMES = 10
 
 
 class RepositoryClient(Client):
@@ -68,9 +72,8 @@ class RepositoryClient(Client):
             ArtifactError: if the artifact is missing or damaged.
             RequestError: if the server refuses it, or cannot be reached.
         """
-        body = self._sent(pathlib.Path(artifact), tell)
         path = f"/v2/repository/models/{quote(name, safe='')}/versions" + (f"/{version}" if version else "")
-        return self._change("POST", path, body)["version"]
+        return self._change_by(pathlib.Path(artifact), tell, lambda sent: self._change("POST", path, sent))["version"]
 
     def adjust(
         self,
@@ -95,32 +98,57 @@ class RepositoryClient(Client):
             ArtifactError: if the artifact is missing or damaged.
             RequestError: if the server refuses it, or cannot be reached.
         """
-        sent = self._sent(pathlib.Path(artifact), tell)
-        return self._change("PUT", f"{route(name)}/adjustment", {**plan, "manifest": sent["manifest"]})
+        return self._change_by(
+            pathlib.Path(artifact), tell,
+            lambda sent: self._change("PUT", f"{route(name)}/adjustment", {**plan, "manifest": sent["manifest"]}),
+        )  # fmt: skip
 
     def stop_adjustment(self, name: str) -> dict[str, Any]:
         """Have the last step go on serving; returns the adjustment."""
         return self._change("DELETE", f"{route(name)}/adjustment")
 
-    def _sent(self, folder: pathlib.Path, tell: Callable[[int, int], object]) -> dict[str, str]:
-        """Send the files of an artifact that are not there; gives the digests of its manifest and signature."""
+    def _change_by(
+        self,
+        folder: pathlib.Path,
+        tell: Callable[[int, int], object],
+        change: Callable[[dict[str, str]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Send the files of an artifact that are not there, and have a change made of them.
+
+        Args:
+            folder: the artifact.
+            tell: as `push` takes it.
+            change: given the digests of the manifest and the signature.
+        """
         listing, data = listing_of(folder)
         digest = hashlib.sha256(data).hexdigest()
-        manifest = FileEntry(size=len(data), sha256=digest)
         files = {entry.sha256: (file, entry) for file, entry in listing.files.items() if entry.size}
-        files[digest] = (MANIFEST, manifest)
+        files[digest] = (MANIFEST, FileEntry(size=len(data), sha256=digest))
         body = {"manifest": digest}
         signature = signature_of(folder)
         if signature is not None:
             body["signature"] = hashlib.sha256(signature).hexdigest()
             files[body["signature"]] = (SIGNATURE, FileEntry(size=len(signature), sha256=body["signature"]))
-        there = self._sizes(list(files))
         total = sum(entry.size for _, entry in files.values())
-        sent = 0
-        for file, entry in files.values():
-            self._send(folder, file, entry, there[entry.sha256], lambda size, before=sent: tell(before + size, total))
-            sent += entry.size
-        return body
+        there = self._sizes(list(files))
+        times = 0
+        while True:
+            sent = 0
+            for file, entry in files.values():
+                self._send(
+                    folder, file, entry, there[entry.sha256], lambda size, before=sent: tell(before + size, total)
+                )
+                sent += entry.size
+            times += 1
+            try:
+                return change(body)
+            except RequestError as error:
+                if error.status != _MISSING or times == _MOST_TIMES:
+                    raise
+                there = self._sizes(list(files))
+                if all(there[digest] >= entry.size for digest, (_, entry) in files.items()):
+                    raise
+                # Somebody who pushed the same at the same time has taken the files.
 
     def promote(self, name: str, version: str, label: str = "stable") -> str | None:
         """Move a label to a version; returns the one that it stood on before."""

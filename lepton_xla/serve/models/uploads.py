@@ -148,10 +148,9 @@ class Uploads:
             )
         signed = None if signature is None else self._small(signature, MAX_SIGNATURE_BYTES)
         self._repository.check_base(listing, name)
-        self._check_there(listing)
-        taken: dict[str, pathlib.Path] = {}
+        taken = self._take(listing, staged)
         for file, entry in listing.files.items():
-            self._take(entry, staged / file, taken)
+            _check(entry, staged / file, taken[entry.sha256])
         if signed is not None:
             write_whole(staged / SIGNATURE, signed)
         write_whole(staged / MANIFEST, data)
@@ -176,37 +175,25 @@ class Uploads:
             raise _missing([digest])
         return data
 
-    def _check_there(self, listing: Listing) -> None:
-        """Check sizes before anything is moved, so that what is here stays for the next try."""
-        wanted = {entry.sha256: entry.size for entry in listing.files.values() if entry.size}
-        lacking = [digest for digest, size in wanted.items() if _size(self._file(digest)) < size]
-        if lacking:
-            raise _missing(lacking)
+    def _take(self, listing: Listing, staged: pathlib.Path) -> dict[str, pathlib.Path]:
+        """Move all files into an artifact, or none: of several who publish the same, one has them.
 
-    def _take(self, entry: FileEntry, target: pathlib.Path, taken: dict[str, pathlib.Path]) -> None:
-        """Move a file into an artifact, and check it there, where nobody can append to it any more."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not entry.size:
-            target.touch()
-        elif (known := taken.get(entry.sha256)) is not None:  # the artifact has it twice: no second copy, however often
-            if _size(known) != entry.size:
-                raise ArtifactError(f"{entry.sha256}: the manifest lists it with two sizes")
-            try:
-                os.link(known, target)
-            except OSError:  # a file system without links
-                shutil.copyfile(known, target)
-                flush(target)
-            return
-        else:
-            try:
-                with held(self._folder, wait=True):
-                    os.rename(self._file(entry.sha256), target)
-            except FileNotFoundError:
-                raise _missing([entry.sha256]) from None
-        if _size(target) != entry.size or _digest(target) != entry.sha256:
-            raise ArtifactError(f"{entry.sha256}: what was sent is something else: send it again")
-        flush(target)
-        taken[entry.sha256] = target
+        Returns:
+            Where each is now, by digest; an artifact that has one twice has it in the first place.
+        """
+        first: dict[str, pathlib.Path] = {}
+        for file, entry in listing.files.items():
+            first.setdefault(entry.sha256, staged / file)
+        wanted = {entry.sha256: entry.size for entry in listing.files.values() if entry.size}
+        with held(self._folder, wait=True):
+            # Sizes are checked before anything is moved, so that what is here stays for the next try.
+            lacking = [digest for digest, size in wanted.items() if _size(self._file(digest)) < size]
+            if lacking:
+                raise _missing(lacking)
+            for digest in wanted:
+                first[digest].parent.mkdir(parents=True, exist_ok=True)
+                os.rename(self._file(digest), first[digest])
+        return first
 
     def _make_room(self, file: pathlib.Path, more: int) -> None:
         """Remove files that nobody goes on with, and refuse what is too much then."""
@@ -241,6 +228,31 @@ def _size(file: pathlib.Path) -> int:
 def _digest(file: pathlib.Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check(entry: FileEntry, target: pathlib.Path, there: pathlib.Path) -> None:
+    """Check a file in its place in an artifact, where nobody can append to it any more.
+
+    Args:
+        entry: what the manifest says of it.
+        target: its place.
+        there: where its bytes are: no second copy, however often the artifact has them.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not entry.size:
+        target.touch()
+    elif there != target:
+        if _size(there) != entry.size:
+            raise ArtifactError(f"{entry.sha256}: the manifest lists it with two sizes")
+        try:
+            os.link(there, target)
+        except OSError:  # a file system without links
+            shutil.copyfile(there, target)
+            flush(target)
+    elif _size(target) != entry.size or _digest(target) != entry.sha256:
+        raise ArtifactError(f"{entry.sha256}: what was sent is something else: send it again")
+    else:
+        flush(target)
 
 
 def _missing(digests: Sequence[str]) -> RepositoryError:

@@ -297,6 +297,21 @@ def test_pieces_are_no_longer_than_the_server_takes(start, made):
         assert client.push(made[2], "m") == "2"
 
 
+def test_two_who_push_the_same_at_once_both_succeed(start, made):
+    pushed = []
+    with RepositoryClient(start().url) as client:
+
+        def tell(sent, total):
+            if sent == total and not pushed:  # the inner push takes the files before the outer makes a version of them
+                pushed.append("?")
+                pushed[0] = client.push(made[2], "other")
+
+        assert (client.push(made[2], "m", tell=tell), pushed) == ("2", ["1"])
+        assert {each["name"] for each in client.models()} == {"m", "other"}
+        with pytest.raises(RequestError, match="409"):
+            client.push(made[2], "m", "2")
+
+
 def test_a_server_of_one_artifact_has_no_repository(made):
     with Server(lx.load(made[1]), Options(port=0)) as server, RepositoryClient(server.url) as client:
         assert status(client.models) == 501
