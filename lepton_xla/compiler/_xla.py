@@ -282,6 +282,14 @@ def read_back(array: jax.Array, device: Device) -> np.ndarray:
     return _jaxlib.to_host(array) if is_quick(device) else np.asarray(array.addressable_shards[0].data)
 
 
+def known(array: jax.Array, device: Device) -> jax.Array:
+    """An output of `executor` as JAX makes arrays, on this one device.
+
+    Where code has run without JAX before it was imported, jaxlib makes outputs that have no shape and dtype for JAX.
+    """
+    return array if array.aval is not None else jax.device_put(_jaxlib.to_host(array), device)
+
+
 def failed(error: BaseException, what: str = "the compiled model") -> ExecutionError:
     """Convert an error of running code to an `ExecutionError`."""
     return ExecutionError(f"{what} failed when it was run: {reason(error)}")

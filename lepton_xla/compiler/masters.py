@@ -171,7 +171,8 @@ class Master:
             self.codes[digest] = compile_portable(self.programs[digest], "a step of the float master", shapes, [])
         execute = devices.executor(self.codes[digest].loaded, ())
         try:
-            return jax.block_until_ready(execute(list(arguments)))
+            outputs = jax.block_until_ready(execute(list(arguments)))
+            return [_xla.known(each, devices.first) for each in outputs]
         except _xla.ERROR as error:
             raise _xla.failed(error, "a step of the float master") from error
 

@@ -66,6 +66,9 @@ for dtype in ("float32", "bfloat16"):
     compiler.compile(test_quick.program(dtype), {"batch": (1, 8)}, name="tiny").save(sys.argv[1] + "/" + dtype)
 base = lx.load(sys.argv[1] + "/float32")
 compiler.make_update(base, test_quick.program(scale=2.0), version="2").save(sys.argv[1] + "/weights")
+recipe = lx.Recipe.load("int8-weight-only").replace({"measure": False})
+small = lx.optimize(test_quick.program(), recipe, keep_master=True)
+compiler.compile(small, {"batch": (1,)}, keep_master=True).save(sys.argv[1] + "/kept")
 print(json.dumps({"made": True}))
 """,
         folder,
@@ -122,17 +125,23 @@ def test_new_weights_run_on_code_that_was_loaded_without_jax(saved: pathlib.Path
         """
 base = lx.load(sys.argv[1] + "/float32")
 swapped = lx.load(sys.argv[1] + "/weights", base=base)
+said(base)  # what jaxlib makes after code has run without JAX has no shape for JAX
 quick = has_jax()
+kept = sys.argv[1] + "/kept"
+doubled = {path: 2 * each for path, each in lx.compiler.master_weights(kept).items()}
+lx.compiler.requantize(kept, doubled).save(sys.argv[1] + "/doubled")
 import test_quick
 lx.compiler.make_update(base, test_quick.program(scale=2.0), version="3").save(sys.argv[1] + "/again")
 again = lx.load(sys.argv[1] + "/again", base=base)
-print(json.dumps({"quick": quick, "base": said(base), "swapped": said(swapped), "again": said(again)}))
+print(json.dumps({"quick": quick, "base": said(base), "swapped": said(swapped), "again": said(again),
+    "doubled": said(lx.load(sys.argv[1] + "/doubled", base=lx.load(kept)))}))
 """,
         saved,
     )
     assert not found["quick"]
     expected = 2 * (np.array(found["base"]["sum"]) - 1) + 1
     np.testing.assert_allclose(found["swapped"]["sum"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["doubled"]["sum"], 2 * np.array(found["base"]["sum"]), rtol=0.02, atol=0.02)
     assert found["again"] == found["swapped"]
 
 
