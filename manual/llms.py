@@ -56,8 +56,11 @@ def _uris(entry: Any) -> Iterator[str]:
 
 
 def _line(uri: str, text: str) -> str:
-    """An entry of the list: the page's title and its first paragraph."""
+    """An entry of the list: the page's title and the first sentence of its text."""
     page = posixpath.splitext(uri)[0].replace("README", "index") + ".html"
-    first = re.search(r"^(?![#>|`\-<\s]).+(?:\n(?!\s*$).+)*", text, re.MULTILINE)
-    sentence = " ".join(first[0].split()).partition(". ")[0].rstrip(".:") if first else ""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = (block for block in re.split(r"\n\s*\n", prose) if re.match(r"[^#>|\-<\s:]", block))
+    # Links are those of the page, and would lead elsewhere from here.
+    plain = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", " ".join(next(blocks, "").split()))
+    sentence = plain.partition(". ")[0].rstrip(".:")
     return f"- [{navigation.title(text)}]({page}){f': {sentence}' if sentence else ''}\n"

@@ -13,11 +13,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(text):
-    """Every `leptonx ...` of a page: of blocks with a language, and of those that are indented. (line, command)"""
+    """Every `leptonx ...` of a page: of blocks with a language, of those that are indented, and in its sentences.
+
+    Gives (line, command).
+    """
     found = [(block.line + number, line) for block in blocks(text) if block.language in ("sh", "console", "bash")
              for number, line in enumerate(_joined(block.code))]  # fmt: skip
     fenced = re.sub(r"^( *)```.*?^\1```$", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
     found += [(number + 1, line) for number, line in enumerate(_joined(fenced)) if line.startswith("    ")]
+    found += [
+        (fenced[: code.start()].count("\n") + 1, " ".join(code[1].split()))
+        for code in re.finditer(r"`(leptonx\s[^`]+)`", fenced)
+    ]
     return [(line, command.strip().removeprefix("$ ")) for line, command in found if _ours(command)]
 
 

@@ -102,6 +102,10 @@ def test_llms_txt_lists_the_pages(site):
         assert (site / address).is_file(), address
     for name in ("start.html", "guides/quantize.html", "reference/commands.html", "faults.html", "migrate/qwix.html"):
         assert f"]({name})" in listed
+    said = re.findall(r"^- \[.+?\]\(.+?\.html\): (.+)$", listed, re.MULTILINE)
+    assert len(said) > 60
+    assert not [text for text in said if not re.match(r"[A-Z`0-9]", text) and not text.startswith("qwix ")]
+    assert "](" not in "".join(said)
     code = blocks((ROOT / "docs" / "start.md").read_text(encoding="utf-8"))[1].code
     assert code in whole
     assert "## lepton_xla.optimize\n\nMake a program small and fast." in whole
