@@ -5,7 +5,9 @@
 Installs this folder into environments of their own, without extras and with `train`, by uv. Serves with the first, on
 so many cores (as many as there are), in a memory cgroup with the limit where one can be made (cgroup v1, root): the
 kernel ends a process that needs more. Without, memory is only measured. `here` loads compiled code; `elsewhere` is told
-that its CPU has SSE 4.2 only, so it compiles the portable program first, as a device does the first time. Writes
+that its CPU has SSE 4.2 only, so it compiles the portable program first, as a device does the first time. Before each
+start the kernel drops what it holds of the environment's files, so that all that are read count for the cgroup, as in a
+container that was just started. Then it looks for the least limit with which a server still answers. Writes
 docs/benchmarks/edge.md.
 """
 
@@ -38,8 +40,12 @@ CGROUPS = pathlib.Path("/sys/fs/cgroup/memory")
 # Environments, and the extras that they have.
 EXTRAS = {"runtime": "", "train": "[train]"}
 IMPORTS = ("import lepton_xla as lx; lx.load", "import lepton_xla.serve.server", "import jax")
-ELSEWHERE = "--xla_cpu_max_isa=SSE4_2"
+# XLA's flags where code fits, and where it has to be compiled.
+WHERE = {"here": "", "elsewhere": "--xla_cpu_max_isa=SSE4_2"}
 REQUESTS = 500
+# Limits to try one after another, in MB, until one is too small; and how long a server may take to answer there.
+LIMITS = (200, 175, 150, 125, 100, 75, 50)
+PATIENCE_S = 60.0
 
 
 def install(name: str, folder: pathlib.Path) -> pathlib.Path:
@@ -75,6 +81,18 @@ def environ(flags: str = "") -> dict[str, str]:
     return kept | {"JAX_PLATFORMS": "cpu", "LEPTON_CACHE": "off", "XLA_FLAGS": flags}
 
 
+def forget(python: pathlib.Path) -> None:
+    """Have the kernel drop the files of an environment from its memory."""
+    os.sync()
+    for path in python.parents[1].rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
 @contextlib.contextmanager
 def limited(limit: int) -> Generator[pathlib.Path | None, None, None]:
     """A memory cgroup with this limit; None where none can be made."""
@@ -97,6 +115,7 @@ def limited(limit: int) -> Generator[pathlib.Path | None, None, None]:
 def serve(python: pathlib.Path, artifact: pathlib.Path, flags: str, cores: int, limit: int) -> dict[str, Any]:
     """A server's memory at its peak, the time until its first answer, and milliseconds of one request."""
     port = free_port()
+    forget(python)
     usable = sorted(os.sched_getaffinity(0))[:cores]
     with limited(limit) as group:
         # The shell enters the cgroup and keeps to the cores, then becomes the server.
@@ -112,8 +131,10 @@ def serve(python: pathlib.Path, artifact: pathlib.Path, flags: str, cores: int, 
                 times: list[float] = []
                 url, body = f"http://127.0.0.1:{port}/v2/models/digits/infer", request()
                 while not times:
-                    if server.poll() is not None:
-                        why = "killed: it needs more" if server.returncode == -9 else server.stderr.read()[-200:]
+                    ended = server.poll() is not None
+                    if ended or time.perf_counter() - started > PATIENCE_S:
+                        killed = server.returncode == -9
+                        why = ("killed: it needs more" if killed else server.stderr.read()[-200:]) if ended else "slow"
                         return {"cores": len(usable), "limited": group is not None, "failed": why}
                     with contextlib.suppress(OSError):
                         times.append(asked_s(url, body))
@@ -122,6 +143,7 @@ def serve(python: pathlib.Path, artifact: pathlib.Path, flags: str, cores: int, 
                 time.sleep(2.0)  # sizes that were not timed yet are timed
                 times = [asked_s(url, body) for _ in range(REQUESTS)]
                 status = pathlib.Path(f"/proc/{server.pid}/status").read_text()
+                charged = int((group / "memory.max_usage_in_bytes").read_text()) if group is not None else None
             finally:
                 server.kill()
     kib = {name: int(value) for name, value in re.findall(r"(VmHWM|RssAnon|RssFile):\s+(\d+) kB", status)}
@@ -131,10 +153,22 @@ def serve(python: pathlib.Path, artifact: pathlib.Path, flags: str, cores: int, 
         "failed": "",
         "ready_s": ready_s,
         "ms": 1e3 * statistics.median(times),
+        "charged_bytes": charged,
         "peak_bytes": 1024 * kib["VmHWM"],
         "anonymous_bytes": 1024 * kib["RssAnon"],
         "file_bytes": 1024 * kib["RssFile"],
     }
+
+
+def least_limits(python: pathlib.Path, artifact: pathlib.Path, cores: int) -> dict[str, list[dict[str, Any]]]:
+    """Servers with ever smaller limits, until one does not answer; none where no limit can be set."""
+    found: dict[str, list[dict[str, Any]]] = {where: [] for where in WHERE}
+    for where, flags in WHERE.items():
+        for limit in LIMITS:
+            found[where].append({"limit": limit} | serve(python, artifact, flags, cores, limit * 1_000_000))
+            if found[where][-1]["failed"] or not found[where][-1]["limited"]:
+                break
+    return found
 
 
 def request() -> bytes:
@@ -165,10 +199,16 @@ def measure(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]
     lx.compile(small, spec.buckets, name="digits").save(artifact)
     servers = [
         {"where": where} | serve(pythons["runtime"], artifact, flags, cores, options.limit)
-        for where, flags in (("here", ""), ("elsewhere", ELSEWHERE))
+        for where, flags in WHERE.items()
         for cores in options.cores
     ]
-    return {"sizes": sizes, "imports": {code: times[1:] for code, times in imports.items()}, "servers": servers}
+    least = {} if options.quick else least_limits(pythons["runtime"], artifact, max(options.cores))
+    return {
+        "sizes": sizes,
+        "imports": {code: times[1:] for code, times in imports.items()},
+        "servers": servers,
+        "least": least,
+    }
 
 
 def tables(result: Mapping[str, Any], limit: int) -> str:
@@ -181,9 +221,12 @@ def tables(result: Mapping[str, Any], limit: int) -> str:
     for server in result["servers"]:
         held = f"{limit / 1e6:.0f} MB" if server["limited"] else "none could be set"
         if server["failed"]:
-            rows.append([server["where"], str(server["cores"]), held, server["failed"], "", "", "", ""])
+            rows.append([server["where"], str(server["cores"]), held, server["failed"], "", "", "", "", ""])
             continue
-        memory = [f"{server[name] / 1e6:.0f}" for name in ("peak_bytes", "anonymous_bytes", "file_bytes")]
+        memory = [
+            f"{server[name] / 1e6:.0f}" if server[name] is not None else ""
+            for name in ("charged_bytes", "peak_bytes", "anonymous_bytes", "file_bytes")
+        ]
         rows.append(
             [server["where"], str(server["cores"]), held, *memory, f"{server['ready_s']:.2f}", f"{server['ms']:.2f}"]
         )
@@ -191,7 +234,8 @@ def tables(result: Mapping[str, Any], limit: int) -> str:
         "server of digits",
         "cores",
         "limit",
-        "peak MB",
+        "container's peak MB",
+        "process's peak MB",
         "own",
         "of files",
         "first answer (s)",
@@ -202,8 +246,21 @@ def tables(result: Mapping[str, Any], limit: int) -> str:
             harness.markdown(["installed", "MB"], sizes),
             harness.markdown(["process", "ms"], imports),
             harness.markdown(columns, rows),
+            *smaller(result["least"]),
         ]
     )
+
+
+def smaller(least: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """What smaller limits do."""
+    rows: list[list[str]] = []
+    for where, servers in least.items():
+        for server in servers:
+            if not server["limited"]:
+                continue
+            told = [server["failed"], ""] if server["failed"] else [f"{server['ready_s']:.2f}", f"{server['ms']:.2f}"]
+            rows.append([where, f"{server['limit']} MB", *told])
+    return [harness.markdown(["server of digits", "limit", "first answer (s)", "one request (ms)"], rows)] * bool(rows)
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -212,10 +269,12 @@ def page(result: Mapping[str, Any]) -> str:
         "# Small machines",
         (
             "What an installation takes on disk, what its imports take (a whole process each, medians), and the memory "
-            "of `leptonx serve` of an int8 digits model: the peak of the process, and of what it holds at the end its "
-            "own part and that of files, which the system can drop. `here` loads compiled code; `elsewhere` first "
-            "compiles the portable program, as a device of another kind does the first time. All in an environment "
-            "without extras, in a memory cgroup where the limit is named."
+            "of `leptonx serve` of an int8 digits model. All in an environment without extras, in a memory cgroup, as "
+            "a container has one, where the limit is named. What the container takes includes the files that it reads; "
+            "the kernel drops those, and reads them again, when the limit is reached, so only the process's own part "
+            "has to fit. The process's peak counts all that it has mapped. `here` loads compiled code; `elsewhere` "
+            "first compiles the portable program, as a device of another kind does the first time. None of the "
+            "environment's files is in memory before."
         ),
         tables(result, result["limit"]),
         harness.provenance(result["run"]),

@@ -1,6 +1,6 @@
 """A server and three clients, each in processes of its own, over TLS on this machine: minutes, as Flower starts many.
 
-    python examples/federated.py [--rounds N] [--clients N] [--updates int4] [--alike]
+    python examples/federated.py [--rounds N] [--clients N] [--updates int4] [--alike] [--secure]
 
 The digits are split by label, so that each client has other ones (`--alike`: evenly); no client's images leave it.
 Needs the extra `federated`, and the package `trustme` for certificates. Writes build/federated/: `digits.lepton`, each
@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 import lepton_xla as lx
+from lepton_xla.federated.flower.secure import quantization_step
 from lepton_xla.federated.settings import FORMATS
 
 FOLDER = pathlib.Path(__file__).parent.parent / "build" / "federated"
@@ -55,7 +56,7 @@ def rows() -> dict[str, np.ndarray]:
 
 def federated() -> lx.federated.FederatedSpec:
     """What `leptonx federate` trains."""
-    settings = lx.federated.Federation(rounds=3, epochs=10, batch_rows=16, updates="int4")
+    settings = lx.federated.Federation(rounds=3, epochs=10, batch_rows=16, updates="int4", most_rows=1500)
     return lx.federated.FederatedSpec(program, rows, optax.sgd(0.2), settings, evaluate=digits.evaluate)
 
 
@@ -70,6 +71,12 @@ def certificates(folder: pathlib.Path) -> dict[str, str]:
     server.cert_chain_pems[0].write_to_path(files["cert"])
     server.private_key_pem.write_to_path(files["key"])
     return files
+
+
+def step_of_secure_mean(clients: int) -> float:
+    """How far a secure mean of the updates may be off, since what the server adds up is rounded."""
+    settings = federated().federation
+    return quantization_step(settings) * settings.most_rows * clients / len(rows()["label"])
 
 
 def simulation(clients: list[dict[str, np.ndarray]], options: argparse.Namespace) -> dict[str, float]:
@@ -88,6 +95,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--updates", default="int4", choices=FORMATS)
     parser.add_argument("--alike", action="store_true", help="deal the rows out evenly, instead of by label")
+    parser.add_argument("--secure", action="store_true", help="the server learns sums only; with --updates float32")
     options = parser.parse_args()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
@@ -105,6 +113,7 @@ def main() -> None:
         args += [] if options.alike else ["--by-label", str(CONCENTRATION)]
         clients.append(subprocess.Popen([*command, *args], env=environment))
     args = ["server", target, "--port", str(port), "--clients", str(options.clients), "--rounds", str(options.rounds)]
+    args += ["--secure"] if options.secure else []
     args += ["--updates", options.updates, "--folder", str(FOLDER / "server"), "-o", str(FOLDER / "digits.lepton")]
     args += ["--tls-cert", files["cert"], "--tls-key", files["key"], "--tls-ca", files["ca"], "--json"]
     try:
@@ -124,6 +133,7 @@ def main() -> None:
         "loss": rounds[-1]["metrics"]["loss"],
         "simulated": simulated,
         "central": central,
+        **({"step": step_of_secure_mean(options.clients)} if options.secure else {}),
         "rounds": [{name: each[name] for name in ("clients", "bytes_up", "bytes_down", "seconds")} for each in rounds],
     }
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
