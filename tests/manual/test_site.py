@@ -203,6 +203,8 @@ def test_search_from_a_folder(site, chromium, tmp_path):
 def test_search_and_drawings_over_http_without_anything_outside(site, chromium, serve, tmp_path):
     wanted = [
         ("/index.html?q=ArtifactError", f'a[href*="{FOUND}"]'),
+        ("/index.html?q=--max-delay-us", 'a[href*="reference/commands.html#leptonx-serve"]'),
+        ("/index.html?q=SecAgg", 'a[href*="guides/federate.html#"]'),
         ("/design.html", "div.mermaid"),
         ("/concepts/weights.html", "div.mermaid"),
     ]

@@ -1,0 +1,24 @@
+// For keyboards and screen readers, and for people who look for options.
+(() => {
+  document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
+
+  // What scrolls sideways can be reached with a keyboard.
+  function reach() {
+    for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .md-typeset pre > code")) {
+      if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
+      else box.removeAttribute("tabindex");
+    }
+  }
+  window.addEventListener("load", () => setTimeout(reach, 0));
+  window.addEventListener("resize", reach);
+
+  // The search takes a word behind a dash for one that must not be there, and people look for `--max-delay-us`.
+  const field = document.querySelector(".md-search__input");
+  const own = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value");
+  if (field) {
+    Object.defineProperty(field, "value", {
+      get() { return own.get.call(this).replace(/(^|\s)-+(?=\w)/g, "$1"); },
+      set(text) { own.set.call(this, text); },
+    });
+  }
+})();
