@@ -134,7 +134,11 @@ def serve(python: pathlib.Path, artifact: pathlib.Path, flags: str, cores: int, 
                     ended = server.poll() is not None
                     if ended or time.perf_counter() - started > PATIENCE_S:
                         killed = server.returncode == -9
-                        why = ("killed: it needs more" if killed else server.stderr.read()[-200:]) if ended else "slow"
+                        why = (
+                            ("killed: it needs more" if killed else server.stderr.read()[-200:])
+                            if ended
+                            else f"none in {PATIENCE_S:.0f} s"
+                        )
                         return {"cores": len(usable), "limited": group is not None, "failed": why}
                     with contextlib.suppress(OSError):
                         times.append(asked_s(url, body))
