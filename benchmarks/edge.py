@@ -133,12 +133,10 @@ def serve(python: pathlib.Path, artifact: pathlib.Path, flags: str, cores: int, 
                 while not times:
                     ended = server.poll() is not None
                     if ended or time.perf_counter() - started > PATIENCE_S:
-                        killed = server.returncode == -9
-                        why = (
-                            ("killed: it needs more" if killed else server.stderr.read()[-200:])
-                            if ended
-                            else f"none in {PATIENCE_S:.0f} s"
-                        )
+                        why = f"none in {PATIENCE_S:.0f} s"
+                        if ended:
+                            killed = server.returncode == -9
+                            why = "killed: it needs more" if killed else server.stderr.read()[-200:]
                         return {"cores": len(usable), "limited": group is not None, "failed": why}
                     with contextlib.suppress(OSError):
                         times.append(asked_s(url, body))
