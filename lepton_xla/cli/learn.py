@@ -101,7 +101,8 @@ def learn(
     Each round reads the samples, keeps a share of them to judge by, trains on the others mixed with old data, lowers
     the weights as the served artifact's were, and compares: the result must be right more often on the samples held
     out, beyond chance, and as good on old data. Only then it is pushed as weights alone, which the server runs without
-    compiling, and rolled out: as a shadow, to a share of the requests, to all; or back.
+    compiling, and rolled out: as a shadow, to a share of the requests, to all; or back. Of a model that generates,
+    right replies are learned; its TrainSpec says by `examples` what they are in a batch.
 
     It may be killed at any time: the server goes on, and the same command goes on where it was.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from lepton_xla.compiler import Servable
 from lepton_xla.dtypes import classes_of
 from lepton_xla.errors import LearningError
 from lepton_xla.evaluation.intervals import sign_test
@@ -71,22 +72,72 @@ def judge(
     (True, 0.0, 1.0)
     """
     right = [classes_of(np.asarray(predict(**inputs)[output])) == labels for predict in (before, after)]
+    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence)
+
+
+def judge_replies(
+    before: Servable,
+    after: Servable,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[str],
+    evaluate: Callable[[Predict], Mapping[str, float]],
+    *,
+    max_drop: float = 0.02,
+    confidence: float = 0.95,
+) -> Verdict:
+    """As `judge`, of models that generate: right is the whole reply, greedily.
+
+    Args:
+        before, after: the two, as they will be served.
+        prompts: tokens of prompts that were not trained on.
+        replies: their right replies.
+        evaluate: metrics on old data, by the tokens that follow prompts: it gets the models as they are called.
+        max_drop, confidence: as of `judge`.
+    """
+    right = [
+        np.array([text == reply for text, reply in zip(replied(each, prompts), replies, strict=True)], bool)
+        for each in (before, after)
+    ]
+    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence)
+
+
+def replied(model: Servable, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of greedy replies, with as many tokens as the cache has room for."""
+    if not prompts:
+        return []
+    steps = model.generator.steps
+    longest = 1 if steps.first_position is not None else max(map(len, prompts))
+    found = model.generator.generate(prompts, max_tokens=steps.capacity - longest + 1)
+    return [text_of(model, each.tokens) for each in found]
+
+
+def text_of(model: Servable, tokens: Sequence[int]) -> str:
+    """The text of a reply, as feedback knows it: without a tokenizer its tokens, separated by blanks."""
+    tokenizer = model.generator.tokenizer
+    return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens)
+
+
+def _verdict(
+    right: Sequence[np.ndarray], figures: Sequence[Mapping[str, float]], max_drop: float, confidence: float
+) -> Verdict:
+    """What follows from which rows two versions get right, and from their metrics on old data."""
     gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
     chance = sign_test(gained, lost)
-    old_before, old = (figures_of(evaluate(each), LearningError) for each in (before, after))
+    old_before, old = (figures_of(each, LearningError) for each in figures)
     accuracies = [float(each.mean()) if len(each) else math.nan for each in right]
+    rows = len(right[0])
     fallen = _fallen(old_before, old, max_drop)
     if fallen:
         reason = f"on old data {fallen}"
     elif chance > 1 - confidence:
         reason = (
-            f"not surely better on {len(labels)} samples: {gained} more are right and {lost} more are wrong, which "
+            f"not surely better on {rows} samples: {gained} more are right and {lost} more are wrong, which "
             f"happens by chance with probability {chance:.2g}"
         )
     else:
-        reason = f"{accuracies[0]:.1%} -> {accuracies[1]:.1%} right of {len(labels)} samples, old data kept"
+        reason = f"{accuracies[0]:.1%} -> {accuracies[1]:.1%} right of {rows} samples, old data kept"
     better = not fallen and chance <= 1 - confidence
-    return Verdict(better, reason, len(labels), accuracies[0], accuracies[1], chance, old_before, old)
+    return Verdict(better, reason, rows, accuracies[0], accuracies[1], chance, old_before, old)
 
 
 def _fallen(before: Mapping[str, float], after: Mapping[str, float], max_drop: float) -> str:

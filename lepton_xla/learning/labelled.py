@@ -9,8 +9,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from lepton_xla.errors import LearningError
+from lepton_xla.generation.rows import PROMPT
 from lepton_xla.program import TensorSpec
 from lepton_xla.samples import Sample
+
+LENGTHS = "lengths"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Labelled:
 
     Attributes:
         inputs: name -> array `[rows, ...]`.
-        labels: int32 `[rows]`.
+        labels: int32 `[rows]`; of a model that generates the right replies, as objects.
         places: float64 `[rows]`, uniform in 0 to 1: a hash of the request's id, equal for all of its rows.
         foreign: samples that were left out, because they do not fit the model.
         why: what is wrong with the first of those; empty without one.
@@ -106,6 +109,46 @@ def read_labelled(
     labels = [label for sample in kept for label in sample.labels or ()]
     places = [place for sample in kept for place in [place_of(sample.id, secret)] * len(sample.labels or ())]
     return Labelled(arrays, np.array(labels, np.int32), np.array(places, np.float64), foreign, why)
+
+
+def read_replies(
+    samples: Iterable[Sample], longest: int, most_rows: int | None = None, secret: bytes = b""
+) -> Labelled:
+    """As `read_labelled`, of a model that generates: prompts `tokens[rows, longest]` of `lengths[rows]`, right replies.
+
+    Args:
+        samples: in the order of their time.
+        longest: tokens of a prompt.
+        most_rows: the latest of the rows that are kept.
+        secret: as of `read_labelled`.
+
+    >>> one = Sample("a", "1", 0.0, {"tokens": np.int32([[7, 8]])}, {}, frozenset(), None, "Hello!")
+    >>> found = read_replies([one], longest=3)
+    >>> found.inputs["tokens"].tolist(), found.labels.tolist()
+    ([[7, 8, 0]], ['Hello!'])
+    """
+    kept: list[Sample] = []
+    foreign, why = 0, ""
+    for sample in samples:
+        prompt = sample.inputs.get(PROMPT)
+        if sample.reply is None:
+            problem = "no right reply"
+        elif prompt is None or PROMPT in sample.hashed:
+            problem = "the prompt is dropped or hashed"
+        elif prompt.ndim != 2 or len(prompt) != 1 or not 0 < prompt.shape[1] <= longest:
+            problem = f"the prompt is {list(prompt.shape)}, and the model takes {longest} tokens"
+        else:
+            kept.append(sample)
+            continue
+        foreign, why = foreign + 1, why or f"request {sample.id[:64]!r}: {problem}"
+    kept = kept[-most_rows:] if most_rows is not None else kept
+    tokens = np.zeros((len(kept), longest), np.int32)
+    for row, sample in zip(tokens, kept, strict=True):
+        row[: sample.inputs[PROMPT].shape[1]] = sample.inputs[PROMPT][0]
+    places = [place_of(sample.id, secret) for sample in kept]
+    replies = np.array([sample.reply for sample in kept], object)
+    lengths = np.array([sample.inputs[PROMPT].shape[1] for sample in kept], np.int32)
+    return Labelled({PROMPT: tokens, LENGTHS: lengths}, replies, np.array(places, np.float64), foreign, why)
 
 
 def place_of(request_id: str, secret: bytes = b"") -> float:

@@ -16,8 +16,9 @@ import numpy as np
 from lepton_xla.compiler import Servable, load, make_update, master_weights, sign
 from lepton_xla.dtypes import is_floating
 from lepton_xla.errors import CheckpointError, LearningError, SampleError, TrainingError
-from lepton_xla.learning.judging import judge
-from lepton_xla.learning.labelled import Labelled, read_labelled
+from lepton_xla.generation.rows import PROMPT, REPLY
+from lepton_xla.learning.judging import judge, judge_replies, text_of
+from lepton_xla.learning.labelled import LENGTHS, Labelled, read_labelled, read_replies
 from lepton_xla.learning.lowering import lower
 from lepton_xla.learning.masters import read_master, write_master
 from lepton_xla.learning.mixing import Mixture, OldData
@@ -107,13 +108,16 @@ class Learner:
         self._path = base
         self._base = load(base)
         self.model = self._base.name if push is None else push.model
-        output = judged_output(signature_of(self._base))
-        if output is None:
+        self._generates = self._base.stepper is not None
+        output = None if self._generates else judged_output(signature_of(self._base))
+        if self._generates:
+            _check_generator(spec)
+        elif output is None:
             raise LearningError(
                 f"{os.fsdecode(base)} has no output with classes (one of floats, [batch, classes]), which feedback "
                 "could be compared with"
             )
-        self._output = list(self._base.outputs)[output]
+        self._output = "" if output is None else list(self._base.outputs)[output]
         self._rounds = Rounds(folder, self.model)
         self._old: OldData | None = None
         self._start: Model | None = None
@@ -139,9 +143,15 @@ class Learner:
         """Accuracy of what was answered, over the time of the samples. See `accuracy_over_time`."""
         try:
             kept = Samples(self._samples, self.model).with_labels(self._plan.most_rows)
-            return accuracy_over_time(kept, self._output, windows)
+            return accuracy_over_time(kept, self._is_right if self._generates else self._output, windows)
         except SampleError:
             return []
+
+    def _is_right(self, sample: Sample) -> bool | None:
+        reply = sample.outputs.get(REPLY)
+        if sample.reply is None or reply is None or REPLY in sample.hashed:
+            return None
+        return text_of(self._base, reply[0].tolist()) == sample.reply
 
     def once(self) -> Round:
         """Go on with the round that was interrupted, or make one, to its end.
@@ -230,6 +240,8 @@ class Learner:
         if rows.foreign:
             notes.append(f"{rows.foreign} samples do not fit: {rows.why}")
             _log.warning("%s", notes[-1])
+        if self._generates:
+            return rows, kept, tuple(notes)
         classes = self._base.outputs[self._output].shape[1]
         wrong = rows.labels[(rows.labels < 0) | (rows.labels >= classes)]
         if len(wrong):
@@ -247,6 +259,9 @@ class Learner:
         A single row with NaN would make every loss NaN, and anybody can send one. Where the old data has such values
         too, they are part of what the model takes.
         """
+        if self._generates:
+            longest = self._base.generator.steps.longest_prompt
+            return read_replies(kept, longest, most_rows, self._rounds.secret()), 0
         rows = read_labelled(kept, self._base.inputs, most_rows, self._rounds.secret())
         well = np.ones(len(rows), bool)
         for name, array in rows.inputs.items():
@@ -262,7 +277,7 @@ class Learner:
         train, _ = rows.split(self._plan.held_out)
         old, steps = self._old_data(), self._plan.steps or self._spec.steps
         model = self._model(rounds)
-        mixture = Mixture(old, train, self._plan.fresh, self._plan.seed + current.number)
+        mixture = Mixture(old, self._examples(old, train), self._plan.fresh, self._plan.seed + current.number)
         options: dict[str, Any] = {"progress": False, "seed": current.number, **self._spec.options}
         checkpoint = Checkpoints(rounds.work / "checkpoints", every=max(1, steps // _CHECKPOINTS), keep=1)
         try:
@@ -275,7 +290,10 @@ class Learner:
             raise
         self._tell("lower")
         version = str(current.number)
-        batches = [{name: mixture(step)[name] for name in self._base.inputs} for step in range(_CALIBRATION)]
+        batches = [
+            {name: mixture(step)[name] for name in self._base.inputs}
+            for step in range(0 if self._generates else _CALIBRATION)
+        ]
         update = lower(result.program, self._path, self._base, batches, version)
         update.save(rounds.work / "update.lepton", overwrite=True)
         if self._key is not None:
@@ -285,8 +303,16 @@ class Learner:
 
     def _old_data(self) -> OldData:
         if self._old is None:
-            self._old = OldData(self._spec.data, list(self._base.inputs), self._plan.old_rows)
+            inputs = None if self._generates else list(self._base.inputs)
+            self._old = OldData(self._spec.data, inputs, self._plan.old_rows)
         return self._old
+
+    def _examples(self, old: OldData, rows: Labelled) -> Mapping[str, np.ndarray]:
+        """Samples as rows of a batch."""
+        if not self._generates:
+            return {**rows.inputs, old.label: rows.labels}
+        assert self._spec.examples is not None
+        return self._spec.examples(_prompts(rows), rows.labels.tolist())
 
     def _model(self, rounds: Rounds) -> Model:
         """The model with the weights that training goes on from."""
@@ -343,10 +369,11 @@ class Learner:
         def on_old_data(predict: Any) -> Mapping[str, float]:
             return {"accuracy": old.accuracy(predict, self._output)} if evaluate is None else evaluate(predict)
 
-        verdict = judge(
-            before, after, judges.inputs, judges.labels, self._output, on_old_data,
-            max_drop=self._plan.max_drop, confidence=self._plan.confidence,
-        )  # fmt: skip
+        limits = {"max_drop": self._plan.max_drop, "confidence": self._plan.confidence}
+        if self._generates:
+            verdict = judge_replies(before, after, _prompts(judges), judges.labels.tolist(), on_old_data, **limits)
+        else:
+            verdict = judge(before, after, judges.inputs, judges.labels, self._output, on_old_data, **limits)
         current = rounds.change(current, verdict=dataclasses.asdict(verdict), held_out=len(judges))
         if not verdict.better:
             return rounds.end(current, "refused", verdict.reason)
@@ -389,6 +416,21 @@ class Learner:
         if rollout["state"] == "rolled back":
             self._push.remove(current.version)
         return rounds.end(current, rollout["state"], rollout["reason"])
+
+
+def _check_generator(spec: TrainSpec) -> None:
+    for name, what in (
+        ("loss", "how a prompt and its right reply are learned"),
+        ("examples", "what they are in a batch"),
+        ("evaluate", "what must not get worse"),
+    ):
+        if getattr(spec, name) is None:
+            raise LearningError(f"the model generates: give the TrainSpec `{name}`, which says {what}")
+
+
+def _prompts(rows: Labelled) -> list[list[int]]:
+    """The tokens of prompts, without padding."""
+    return [row[:size].tolist() for row, size in zip(rows.inputs[PROMPT], rows.inputs[LENGTHS], strict=True)]
 
 
 def _finite_rows(array: np.ndarray) -> np.ndarray:

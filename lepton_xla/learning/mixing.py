@@ -10,7 +10,6 @@ import numpy as np
 
 from lepton_xla.dtypes import classes_of
 from lepton_xla.errors import LearningError
-from lepton_xla.learning.labelled import Labelled
 from lepton_xla.train.feeding import Data, Feed
 
 # Old data is a sample itself: nothing is read for longer than this many batches.
@@ -23,11 +22,12 @@ class OldData:
 
     Args:
         data: batches, as `fit` takes them.
-        inputs: names of the model's inputs; the one other entry of a batch is the label.
+        inputs: names of the model's inputs; the one other entry of a batch is the label. None for a model that
+            generates, whose batches may have any entries.
         most_rows: that are read.
 
     Attributes:
-        label: name of the entry with the labels.
+        label: name of the entry with the labels; empty for a model that generates.
         batch_rows: rows of a batch.
         rows: entry -> array, to train on.
         judges: the same of rows that are not trained on here.
@@ -40,26 +40,45 @@ class OldData:
     ('label', 2, 8, 2)
     """
 
-    def __init__(self, data: Data, inputs: Collection[str], most_rows: int) -> None:
+    def __init__(self, data: Data, inputs: Collection[str] | None, most_rows: int) -> None:
         feed = Feed(data)
         first = feed.next()
+        self.label = "" if inputs is None else self._label(first, inputs)
+        self.batch_rows = len(next(iter(first.values())))
+        count = min(_MOST_BATCHES, math.ceil(most_rows / self.batch_rows))
+        batches = [first, *(feed.next() for _ in range(count - 1))]
+        whole = {name: np.concatenate([batch[name] for batch in batches])[:most_rows] for name in first}
+        chosen = np.arange(len(next(iter(whole.values())))) % _JUDGES == _JUDGES - 1
+        self.rows = {name: array[~chosen] for name, array in whole.items()}
+        self.judges = {name: array[chosen] for name, array in whole.items()}
+
+    @staticmethod
+    def _label(first: Mapping[str, np.ndarray], inputs: Collection[str]) -> str:
         others = [name for name in first if name not in inputs]
         if len(others) != 1 or any(name not in first for name in inputs):
             raise LearningError(
                 f"a batch has the entries {', '.join(first)}; expected the inputs {', '.join(inputs)} and one more, "
                 "the label, because feedback gives one class for each row"
             )
-        self.label = others[0]
-        if first[self.label].ndim != 1 or first[self.label].dtype.kind not in "iu":
-            kind = f"{first[self.label].dtype}{list(first[self.label].shape)}"
-            raise LearningError(f"the entry {self.label!r} of a batch is {kind}; expected one integer for each row")
-        self.batch_rows = len(first[self.label])
-        count = min(_MOST_BATCHES, math.ceil(most_rows / self.batch_rows))
-        batches = [first, *(feed.next() for _ in range(count - 1))]
-        whole = {name: np.concatenate([batch[name] for batch in batches])[:most_rows] for name in first}
-        chosen = np.arange(len(whole[self.label])) % _JUDGES == _JUDGES - 1
-        self.rows = {name: array[~chosen] for name, array in whole.items()}
-        self.judges = {name: array[chosen] for name, array in whole.items()}
+        label = others[0]
+        if first[label].ndim != 1 or first[label].dtype.kind not in "iu":
+            kind = f"{first[label].dtype}{list(first[label].shape)}"
+            raise LearningError(f"the entry {label!r} of a batch is {kind}; expected one integer for each row")
+        return label
+
+    def fitting(self, samples: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
+        """Check that rows of samples can be mixed with these, and give them with the same dtypes.
+
+        Raises:
+            LearningError: for other entries, or entries of another shape; names the first.
+        """
+        if set(samples) != set(self.rows):
+            raise LearningError(f"{what} has the entries {', '.join(samples)}; a batch has {', '.join(self.rows)}")
+        for name, array in self.rows.items():
+            if np.shape(samples[name])[1:] != array.shape[1:]:
+                given, wanted = list(np.shape(samples[name])), list(array.shape)
+                raise LearningError(f"the entry {name!r} of {what} is {given}; of a batch it is {wanted}")
+        return {name: np.asarray(samples[name]).astype(array.dtype) for name, array in self.rows.items()}
 
     def accuracy(self, predict: Any, output: str) -> float:
         """The share of the judging rows that a model gets right."""
@@ -74,26 +93,24 @@ class Mixture:
 
     Args:
         old: the old data; gives shapes and dtypes.
-        samples: rows to mix in.
+        samples: rows to mix in, by entry.
         fresh: their share of a batch, rounded up.
         seed: of the choice of rows.
 
     >>> old = OldData([{"x": np.zeros((4, 1), np.float32), "label": np.int32([0] * 4)}], ["x"], most_rows=4)
-    >>> new = Labelled({"x": np.ones((3, 1), np.float32)}, np.int32([1, 1, 1]), np.zeros(3))
+    >>> new = {"x": np.ones((3, 1), np.float32), "label": np.int32([1, 1, 1])}
     >>> batch = Mixture(old, new, fresh=0.5)(step=0)
     >>> batch["x"].ravel().tolist(), batch["label"].tolist()
     ([1.0, 1.0, 0.0, 0.0], [1, 1, 0, 0])
     """
 
-    def __init__(self, old: OldData, samples: Labelled, fresh: float, seed: int = 0) -> None:
+    def __init__(self, old: OldData, samples: Mapping[str, np.ndarray], fresh: float, seed: int = 0) -> None:
         self._old = old.rows
-        self._new: Mapping[str, np.ndarray] = {
-            **samples.inputs, old.label: samples.labels.astype(old.rows[old.label].dtype),
-        }  # fmt: skip
+        self._new = old.fitting(samples, "a sample")
         self._new_rows = math.ceil(fresh * old.batch_rows)
         self._old_rows = old.batch_rows - self._new_rows
         self._seed = seed
-        self._counts = len(samples), len(old.rows[old.label])
+        self._counts = tuple(len(next(iter(rows.values()))) for rows in (self._new, self._old))
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step."""

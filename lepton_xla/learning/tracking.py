@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from lepton_xla.dtypes import classes_of
@@ -27,12 +27,15 @@ class Window(NamedTuple):
     versions: tuple[str, ...]
 
 
-def accuracy_over_time(samples: Iterable[Sample], output: str, windows: int = 24) -> list[Window]:
+def accuracy_over_time(
+    samples: Iterable[Sample], output: str | Callable[[Sample], bool | None], windows: int = 24
+) -> list[Window]:
     """Cut samples with feedback into windows of about equally many requests.
 
     Args:
         samples: in the order of their time; those without the output or without feedback are left out.
-        output: name of the output whose largest element is the answer, `[rows, classes]`.
+        output: name of the output whose largest element is the answer, `[rows, classes]`; or what says whether the
+            reply of a model that generates is right (None: left out).
         windows: how many, or less where there are fewer requests.
 
     >>> right, wrong = np.float32([[0, 1]]), np.float32([[1, 0]])
@@ -42,6 +45,11 @@ def accuracy_over_time(samples: Iterable[Sample], output: str, windows: int = 24
     """
     judged: list[tuple[float, int, int, str]] = []
     for sample in samples:
+        if not isinstance(output, str):
+            replied = output(sample)
+            if replied is not None:
+                judged.append((sample.time_s, int(replied), 1, sample.version))
+            continue
         answers = sample.outputs.get(output)
         if sample.labels is None or answers is None or output in sample.hashed or answers.ndim != 2:
             continue

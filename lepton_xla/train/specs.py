@@ -34,6 +34,8 @@ class TrainSpec:
         evaluate: an `Evaluation`; or `evaluate(predict) -> {"accuracy": 0.98}`, which then runs ten times in the run.
         compression: what happens to the model meanwhile; `--recipe` replaces it.
         buckets: symbolic dimension -> sizes to compile the artifact for.
+        examples: of a model that generates, for `leptonx learn`: `examples(prompts, replies)` gives the entries of a
+            batch, as `data` has them, for the tokens of prompts and the texts of their right replies.
         options: further arguments of `fit`, such as `{"clip_norm": 1.0}`; the command line's replace them.
 
     Raises:
@@ -56,6 +58,7 @@ class TrainSpec:
     compression: Compression | None = None
     buckets: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    examples: Callable[[list[list[int]], list[str]], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         own = {field.name for field in dataclasses.fields(self)}
