@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -40,6 +41,8 @@ TARGET_MEMORY, TARGET_HOT, TARGET_THROUGHPUT = 0.1, 2.0, 0.9
 TINY = "tiny"
 # Of requests that are a batch each, which are larger.
 WHOLE_CONNECTIONS = 16
+# Of executions without a server: as many as the batches of 50 models at 64 connections, and as a batch takes.
+BARE_ROWS = (16, 64)
 
 INTRODUCTION = (
     "## Many models\n\n"
@@ -51,9 +54,11 @@ INTRODUCTION = (
     "Throughput: the same requests to one model and to several in turn, each connection with one request at a "
     "time. The server has one core fewer than the machine. Requests of several models make smaller batches, and each "
     "batch is an execution, which is what costs: below several models stands one whose batches may have no more rows "
-    "than theirs have on average, up to the next compiled size: what it reaches is the most that several can. Requests "
-    "that have as many rows as a batch takes make the same batches whoever they are for, so there the price of several "
-    "models is all that differs."
+    "than the compiled sizes around their average. What one model would reach in batches of just that average is "
+    "between the two, as a request costs a constant and its part of a batch: the last column compares with that. "
+    "Requests that have as many rows as a batch takes make the same batches whoever they are for, so there the price "
+    "of several models is all that differs. What compiled code pays by itself for finding its weights out of the "
+    "nearest caches shows where executions take turns without a server, each after a copy of its rows."
 )
 
 
@@ -293,7 +298,7 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
     server = serve(folder / "MODELS", Payload(names[0], payload.rows, payload.outputs))
     found: dict[str, dict[str, float]] = {}
     batches: dict[str, dict[str, float]] = {}
-    alike: dict[str, dict[str, list[float]]] = {}
+    alike: dict[str, dict[str, list[list[float]]]] = {}
     whole_rates: dict[int, list[float]] = {count: [] for count in counts}
 
     def measured(asked: Sequence[Request], at_once: int) -> tuple[float, float]:
@@ -317,10 +322,15 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
                 alike[str(at_once)] = {}
                 for count in counts[1:]:
                     at = bisect.bisect_left(sizes_compiled, batches[str(at_once)][str(count)])
-                    most = sizes_compiled[min(at, len(sizes_compiled) - 1)]
-                    _limit(server, names[0], most)
-                    of_three = [measured(requests[:1], at_once) for _ in range(3)]
-                    alike[str(at_once)][str(count)] = [most, *(float(each) for each in np.median(of_three, axis=0))]
+                    around = sorted(
+                        {sizes_compiled[min(max(each, 0), len(sizes_compiled) - 1)] for each in (at - 1, at)}
+                    )
+                    alike[str(at_once)][str(count)] = []
+                    for most in around:
+                        _limit(server, names[0], most)
+                        of_three = [measured(requests[:1], at_once) for _ in range(3)]
+                        medians = [float(each) for each in np.median(of_three, axis=0)]
+                        alike[str(at_once)][str(count)].append([most, *medians])
                 _limit(server, names[0], sizes_compiled[-1])
             for _ in range(3):
                 for count in counts:
@@ -332,6 +342,40 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
         "rates": found, "batches": batches, "alike": alike,
         "whole": {"rows": sizes_compiled[-1], "connections": WHOLE_CONNECTIONS, "rates": of_whole},
     }  # fmt: skip
+
+
+def in_batches_of(rows: float, measured: Sequence[Sequence[float]]) -> float:
+    """Requests per second in batches of so many rows: what a request costs is linear in batches per row.
+
+    Args:
+        rows: of a batch.
+        measured: the limit, requests per second and rows of a batch, of one or two.
+
+    >>> round(in_batches_of(20, [(16, 10_000, 16), (32, 12_500, 32)]))
+    10870
+    """
+    (_, rate, at), (_, other, beyond) = measured[0], measured[-1]
+    if at == beyond:
+        return rate
+    part = (1 / rows - 1 / at) / (1 / beyond - 1 / at)
+    return 1 / (1 / rate + part * (1 / other - 1 / rate))
+
+
+def bare(
+    folder: pathlib.Path, sizes: Sequence[int], counts: Sequence[int], seconds: float
+) -> dict[str, dict[str, float]]:
+    """By rows, and by number of models: executions per second without a server, see `turns.py`."""
+    path, payload = payloads.first10(folder, quick=False)
+    found: dict[str, dict[str, float]] = {}
+    for size in sizes:
+        rows = folder / f"{size}.npy"
+        np.save(rows, np.repeat(payload.rows["x"], size, axis=0))
+        script = pathlib.Path(__file__).with_name("turns.py")
+        command = [sys.executable, str(script), str(path), str(rows), ",".join(map(str, counts)), str(seconds)]
+        with on_cores(slice(None, -1)):
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[str(size)] = json.loads(said.splitlines()[-1])
+    return found
 
 
 def _repeated(rows: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
@@ -358,7 +402,7 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        for each in ("budget", "shared"):
+        for each in ("budget", "shared", "bare"):
             (folder / each).mkdir()
         sizes = (8, 500, 9 << 20, 200) if quick else (200, 5000, 1 << 30, 20_000)
         found["budget"] = kept.row("budget", lambda: budgeted(folder / "budget", *sizes))
@@ -367,6 +411,8 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
         found["shared"] = kept.row(
             "shared", lambda: shared(folder / "shared", counts, connections, options.seconds)
         )  # fmt: skip
+        yield found
+        found["bare"] = kept.row("bare", lambda: bare(folder / "bare", BARE_ROWS, counts, options.seconds / 4))
         yield found
 
 
@@ -393,15 +439,16 @@ def tables(found: Any) -> list[str]:
         for connections, rates in found["shared"]["rates"].items():
             for count, per_s in rates.items():
                 rows = found["shared"]["batches"][connections][count]
-                lines.append((connections, count, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}", f"{rows:.1f}"))
-                alike = found["shared"].get("alike", {}).get(connections, {}).get(count)
-                if alike is not None:
-                    most, per_s, rows = alike
+                alike = found["shared"].get("alike", {}).get(connections, {}).get(count, [])
+                equal = f"{per_s / in_batches_of(rows, alike):.2f}" if alike else ""
+                lines.append((connections, count, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}", f"{rows:.1f}", equal))
+                for most, limited, its_rows in alike:
                     said = f"1, at most {most} rows"
-                    lines.append((connections, said, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}", f"{rows:.1f}"))
+                    part = f"{limited / rates['1']:.2f}"
+                    lines.append((connections, said, f"{limited:,.0f}", part, f"{its_rows:.1f}", ""))
         header = (
             "connections", "models", "requests/s", f"of one model's (at least {TARGET_THROUGHPUT:g})",
-            "rows of a batch",
+            "rows of a batch", "of one model's in such batches",
         )  # fmt: skip
         made.append(harness.markdown(header, lines))
         whole = found["shared"].get("whole")
@@ -412,4 +459,11 @@ def tables(found: Any) -> list[str]:
                 (whole["connections"], count, f"{per_s:,.0f}", f"{per_s / whole['rates']['1']:.2f}")
                 for count, per_s in whole["rates"].items()
             ]))  # fmt: skip
+    if "bare" in found:
+        header = ("rows", "models", "executions/s", "of one model's")
+        made.append("Executions alone, in turn, without a server:")
+        made.append(harness.markdown(header, [
+            (rows, count, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}")
+            for rows, rates in found["bare"].items() for count, per_s in rates.items()
+        ]))  # fmt: skip
     return made
