@@ -59,6 +59,7 @@ class Task:
         constraints: what to keep to.
         share: of the minutes.
         training: how candidates are trained, if they are.
+        metric: of `evaluate`, by which candidates are judged; by default the model's first.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Task:
     constraints: Constraints
     share: float
     training: TrainSpec | None = None
+    metric: str | None = None
 
 
 def tasks(model: models.BenchModel, options: argparse.Namespace, known: Mapping[str, Any]) -> list[Task]:
@@ -79,7 +81,7 @@ def tasks(model: models.BenchModel, options: argparse.Namespace, known: Mapping[
         int8 = next(
             (each["bytes"] for each in known.get("bytes", {}).get("presets", []) if each["name"] == "int8"), None
         )
-        found.append(Task("cosine", "metric", Constraints(max_bytes=int8), 0.5)) if int8 else None
+        found.append(Task("cosine", "metric", Constraints(max_bytes=int8), 0.5, metric="cosine")) if int8 else None
     if options.train and model.name in TRAININGS:
         limits = Constraints(
             max_bytes=round(TRAINED_BYTES[model.name] * model.spec.program().weights_bytes),
@@ -109,6 +111,7 @@ def measure(model: models.BenchModel, task: Task, options: argparse.Namespace, f
         objective=task.objective,
         budget=Budget(options.minutes * task.share, 3 if options.quick else None, 1 if options.quick else 30),
         buckets=spec.buckets,
+        metric=task.metric,
         presets=PRESETS[:1] if options.quick or task.training or task.name == "cosine" else PRESETS,
         journal=str(folder / f"{model.name}.jsonl"),
         progress=say,
@@ -122,9 +125,6 @@ def summary(tuned: Tuning, task: Task, evaluate: Any) -> dict[str, Any]:
     holding = [trial for trial in tuned.trials if trial.origin == "preset" and not trial.excess(tuned.constraints)]
     preset = min(holding, key=lambda trial: trial.value(task.objective), default=None)
     best = tuned.best
-    if task.name == "cosine":
-        fitting = [trial for trial in tuned.trials if not trial.excess(tuned.constraints)]
-        best = max(fitting, key=lambda trial: trial.metrics["cosine"], default=None)
     compared = {} if task.training or task.name == "cosine" else {"preset": shown(preset)}
     better = preset.value(task.objective) / best.value(task.objective) if compared and preset and best else None
     found = {

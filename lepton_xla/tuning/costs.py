@@ -51,7 +51,8 @@ def stored_weights(
     'int8'
     """
     paths = [path for group in groups for path in group.paths]
-    names = list(dict.fromkeys(choice.name for group in groups for choice in group.choices))
+    wanted = {choice.name for group in groups for choice in group.choices}
+    names = [name for name in plans if name in wanted]  # the most promising first: the last may find no time
     found: dict[str, dict[str, Any]] = {}
     pace = pace or Pace.endless()
     until = pace.share_of_rest(STORES)
