@@ -6,7 +6,7 @@
 // registers; each step broadcasts 32 bits of each pixel, one float or as many codes as fit.
 #include "convolution.h"
 
-#include "rounding.h"
+#include "convolution_finish.h"
 
 namespace lepton::VARIANT {
 namespace {
@@ -14,73 +14,6 @@ namespace {
 constexpr int kRows = kRegisters == 32 ? 8 : 4, kColumns = kRegisters == 32 ? 3 : 2;
 // Weights that stay in the second-level cache while all pixels pass by.
 constexpr int64_t kWeightsBytes = 192 << 10;
-
-// e^x, as Cephes computes it: to 2 units in the last place.
-inline Floats exponential(Floats x) {
-  const Floats high = Floats{} + 88.72283f, low = Floats{} - 87.33654f;
-  const Floats given = x;
-  x = x > high ? high : x;
-  x = x < low ? low : x;
-  Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-  const Ints power = (Ints)shifted - (Ints)(Floats{} + 12582912.0f);
-  const Floats whole = shifted - 12582912.0f;
-  x = x - whole * 0.693359375f;
-  x = x + whole * 2.12194440e-4f;
-  Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * x + 8.3334519073e-3f;
-  y = y * x + 4.1665795894e-2f;
-  y = y * x + 1.6666665459e-1f;
-  y = y * x + 5.0000001201e-1f;
-  y = y * (x * x) + x + 1.0f;
-  // In two factors, since 2^128 is not a float.
-  const Ints half = power >> 1;
-  y = y * (Floats)((half + 127) << 23) * (Floats)((power - half + 127) << 23);
-  y = given > high ? Floats{} + __builtin_inff() : y;
-  y = given < low ? Floats{} : y;
-  return given == given ? y : given;
-}
-
-inline Floats load_some(const float* from, int count) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-#else
-  Floats found = {};
-  for (int lane = 0; lane < count; ++lane) found[lane] = from[lane];
-  return found;
-#endif
-}
-
-inline void store_some(float* to, Floats values, int count) {
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)values);
-#else
-  for (int lane = 0; lane < count; ++lane) to[lane] = values[lane];
-#endif
-}
-
-inline Floats activated(const ConvolutionEpilogue& e, Floats v) {
-  if (e.activation == ConvolutionActivation::kClamp) {
-    v = v < e.low ? Floats{} + e.low : v;  // NaN stays NaN
-    return v > e.high ? Floats{} + e.high : v;
-  }
-  if (e.activation == ConvolutionActivation::kSilu) return v * (1.0f / (1.0f + exponential(-v)));
-  return v;
-}
-
-// Writes `count` channels from a position of y on; `v` has its bias already.
-inline void finish(const Convolution& p, Floats v, int64_t at, int count) {
-  const ConvolutionEpilogue& e = p.epilogue;
-  const bool whole = count >= kLanes;
-  Floats other = {};
-  if (e.residual != nullptr) other = whole ? load(e.residual + at) : load_some(e.residual + at, count);
-  if (e.residual != nullptr && e.add_first) v += other;
-  v = activated(e, v);
-  if (e.residual != nullptr && !e.add_first) v += other;
-  if (whole)
-    store(p.y + at, v);
-  else
-    store_some(p.y + at, v, count);
-}
 
 struct InFloat {
   static constexpr int kBytes = 4;  // of an element of x
@@ -92,7 +25,9 @@ struct InFloat {
     __builtin_memcpy(&factor, x, 4);
     sum += w * factor;
   }
-  static Floats value(const Convolution&, const Sum& sum, int64_t, int64_t) { return sum; }
+  static Floats factor(const Convolution&, int64_t, int64_t) { return Floats{}; }
+  static Ints offset(const Convolution&, int64_t) { return Ints{}; }
+  static Floats value(const Sum& sum, Ints, Floats, Floats bias) { return sum + bias; }
 };
 
 #if defined(__AVX512VNNI__)
@@ -135,11 +70,16 @@ struct OfCodes {
   }
   static Ints total(const Sum& sum) { return sum; }
 #endif
-  static Floats value(const Convolution& p, const Sum& sum, int64_t example, int64_t column) {
+  static Floats factor(const Convolution& p, int64_t example, int64_t column) {
+    return p.row_scale[example] * load(p.scale + column);
+  }
+  static Ints offset(const Convolution& p, int64_t column) {
+    return *reinterpret_cast<const Ints*>(p.offset + column);
+  }
+  static Floats value(const Sum& sum, Ints offset, Floats factor, Floats bias) {
     typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));
-    const Ints offset = *reinterpret_cast<const Ints*>(p.offset + column);
     const Ints exact = (Ints)((Unsigned32)total(sum) - (Unsigned32)offset);  // sums may wrap on the way
-    return as_floats(exact) * (p.row_scale[example] * load(p.scale + column));
+    return as_floats(exact) * factor + bias;
   }
 };
 
@@ -188,14 +128,27 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
       weights += 4 * p.stride;
     }
   }
+  const Finish finish(p);
+  const bool is_short = finish.is_short(), together = rows.example[0] == rows.example[MR - 1];
 #pragma GCC unroll 4
   for (int j = 0; j < NR; ++j) {
     const int64_t at = column + j * kLanes;
     const int count = static_cast<int>(window.o - at < kLanes ? window.o - at : kLanes);
     const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+    const Floats factor = Op::factor(p, rows.example[0], at);
+    const Ints offset = Op::offset(p, at);
+    const int64_t first = pixel * window.o + at, apart = window.o;
+    if (is_short && together && count == kLanes) {
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-      finish(p, Op::value(p, sums[i][j], rows.example[i], at) + bias, (pixel + i) * window.o + at, count);
+      for (int i = 0; i < MR; ++i)
+        finish.short_way(Op::value(sums[i][j], offset, factor, bias), first + i * apart, kLanes);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const Floats own = together ? factor : Op::factor(p, rows.example[i], at);
+      finish(Op::value(sums[i][j], offset, own, bias), first + i * apart, count);
+    }
   }
 }
 
@@ -260,6 +213,7 @@ void depthwise_pixels(const Convolution& p, const float* x, int64_t at, int64_t 
                       int64_t end_w) {
   const Window& w = p.window;
   const int64_t step = w.stride_w * w.c;
+  const Finish finish(p);
   for (int64_t c = 0; c < w.c; c += kLanes) {
     const int count = static_cast<int>(w.c - c < kLanes ? w.c - c : kLanes);
     const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + c) : Floats{};
@@ -280,7 +234,7 @@ void depthwise_pixels(const Convolution& p, const float* x, int64_t at, int64_t 
       }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) finish(p, sums[i], at + i * w.c + c, count);
+    for (int i = 0; i < P; ++i) finish(sums[i], at + i * w.c + c, count);
   }
 }
 
@@ -338,6 +292,18 @@ void round(const float* x, int64_t count, float scale, void* to) {
   for (; i < count; ++i) codes[i] = static_cast<Code>(code(x[i], scale) + kCodes.zero);
 }
 
+void widen(const uint8_t* x, int64_t count, void* to) {
+  Code* codes = static_cast<Code*>(to);
+  int64_t i = 0;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  for (; i + 16 <= count; i += 16) {
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm256_sub_epi16(words, _mm256_set1_epi16(128)));
+  }
+#endif
+  for (; i < count; ++i) codes[i] = static_cast<Code>(x[i] - 128 + kCodes.zero);
+}
+
 #if defined(__AVX512VNNI__)
 using WeightCode = int8_t;
 #else
@@ -389,6 +355,7 @@ void pack(const Window& w, const int8_t* codes, void* weights, int64_t stride, i
 
 }  // namespace
 
-extern const ConvolutionVariant convolution = {LEPTON_TEXT(VARIANT), kCodes, in_float, of_codes, depthwise, largest_bits, round, pack};
+extern const ConvolutionVariant convolution = {LEPTON_TEXT(VARIANT), kCodes, in_float, of_codes, depthwise,
+                                              largest_bits, round, widen, pack, &depthwise_codes};
 
 }  // namespace lepton::VARIANT

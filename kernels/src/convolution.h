@@ -26,6 +26,11 @@ struct Window {
 
 enum class ConvolutionActivation : int32_t { kNone = 0, kClamp = 1, kSilu = 2 };
 
+// The scale of codes, and 1 / scale; that is 0 if it is too large or small to compute with.
+struct CodeScale {
+  float scale, inverse;
+};
+
 // What becomes of each sum before it is written.
 struct ConvolutionEpilogue {
   const float* bias;      // [o]; null: none
@@ -33,6 +38,7 @@ struct ConvolutionEpilogue {
   ConvolutionActivation activation;
   float low, high;        // kClamp
   bool add_first;
+  CodeScale code_scale;  // of codes that are written
 };
 
 // A dense convolution. Weights are lanes of 32 bits: a float, or as many codes of successive terms as fit.
@@ -44,6 +50,7 @@ struct Convolution {
   int64_t steps;          // lanes of a run, ceil(run_length / terms of a lane)
   int64_t stride;         // columns of the weights, a multiple of the vectors' lanes
   float* y;
+  uint8_t* codes;         // written instead of y, each with 128 added; null: y is written
   // Of codes only.
   const float* scale;     // [stride], of columns
   const int32_t* offset;  // [stride], what is subtracted from the sums of a column
@@ -52,7 +59,7 @@ struct Convolution {
 
 // Rows [pixel, pixel_end) of y, columns from `column` on; both columns are multiples of the vectors' lanes.
 using ConvolutionPart = void(const Convolution&, int64_t pixel, int64_t pixel_end, int64_t column, int64_t column_end);
-// A depthwise convolution: rows [row, row_end) of the n * out_h of y. `x` is not padded, weights are [k_h, k_w, o].
+// A depthwise convolution: rows [row, row_end) of the n * out_h of y. `x` is not padded, weights are [k_h, k_w, stride].
 using DepthwisePart = void(const Convolution&, int64_t row, int64_t row_end);
 
 // How codes are laid out for products of an instruction set.
@@ -65,10 +72,14 @@ struct CodesLayout {
 using LargestPart = int32_t(const float* x, int64_t count);
 // Rounds a row of pixels.
 using RoundPart = void(const float* x, int64_t count, float scale, void* to);
+// Makes of codes with 128 added, as they are between convolutions, what `RoundPart` writes.
+using WidenPart = void(const uint8_t* x, int64_t count, void* to);
 // Lays out columns [column, column_end) of the weights for products of codes [terms, o], and finds their `offset`. Both
 // are multiples of the vectors' lanes.
 using PackPart = void(const Window&, const int8_t* codes, void* weights, int64_t stride, int32_t* offset, int64_t column,
                       int64_t column_end);
+
+struct DepthwiseVariant;
 
 struct ConvolutionVariant {
   const char* name;
@@ -77,11 +88,21 @@ struct ConvolutionVariant {
   DepthwisePart* depthwise;
   LargestPart* largest;
   RoundPart* round;
+  WidenPart* widen;
   PackPart* pack;
+  const DepthwiseVariant* depthwise_codes;
 };
 
-namespace portable { extern const ConvolutionVariant convolution; }
-namespace avx2 { extern const ConvolutionVariant convolution; }
-namespace avx512 { extern const ConvolutionVariant convolution; }
+// A depthwise convolution of codes, x and the result of bytes with 128 added. Weights are [k_h * k_w, stride] of int32;
+// `zeros` is `stride` bytes of 128.
+struct DepthwiseVariant {
+  void (*rows)(const Convolution&, const uint8_t* zeros, int64_t row, int64_t row_end);
+  void (*round)(const float* x, int64_t count, CodeScale scale, uint8_t* to);
+  int lanes;
+};
+
+namespace portable { extern const ConvolutionVariant convolution; extern const DepthwiseVariant depthwise_codes; }
+namespace avx2 { extern const ConvolutionVariant convolution; extern const DepthwiseVariant depthwise_codes; }
+namespace avx512 { extern const ConvolutionVariant convolution; extern const DepthwiseVariant depthwise_codes; }
 
 }  // namespace lepton

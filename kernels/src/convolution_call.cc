@@ -80,13 +80,13 @@ ffi::Error window_of(Geometry geometry, ffi::Span<const int64_t> x, ffi::Span<co
 }
 
 ffi::Error epilogue_of(ffi::BufferR1<ffi::F32>& bias, ffi::AnyBuffer& residual, Geometry activation,
-                       ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32>& y, ConvolutionEpilogue& e) {
+                       ffi::Span<const float> bounds, ffi::Span<const int64_t> y, ConvolutionEpilogue& e) {
   if (activation.size() != 2 || activation[0] < 0 || activation[0] > 2 || bounds.size() != 2)
     return ffi::Error::InvalidArgument("convolution: unknown activation");
-  const int64_t o = y->dimensions()[3], bias_size = bias.dimensions()[0];
-  const bool added = residual.element_count() > 0 && y->element_count() > 0;
+  const int64_t o = y[3], bias_size = bias.dimensions()[0], size = y[0] * y[1] * y[2] * o;
+  const bool added = residual.element_count() > 0 && size > 0;
   if ((bias_size != 0 && bias_size != o) || residual.element_type() != ffi::F32 ||
-      (added && residual.element_count() != y->element_count()))
+      (added && static_cast<int64_t>(residual.element_count()) != size))
     return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
   e.bias = bias_size == 0 ? nullptr : bias.typed_data();
   e.residual = added ? static_cast<const float*>(residual.untyped_data()) : nullptr;
@@ -157,7 +157,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
   Convolution p{};
   Window& w = p.window;
   if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
-  if (auto error = epilogue_of(bias, residual, activation, bounds, y, p.epilogue); error.failure()) return error;
+  if (auto error = epilogue_of(bias, residual, activation, bounds, y->dimensions(), p.epilogue); error.failure()) return error;
   const auto shape = weights.dimensions();
   const bool depthwise = shape[2] == 1 && w.c != 1;
   if (shape[0] != w.k_h || shape[1] != w.k_w || shape[3] != w.o || (depthwise ? w.o : shape[2]) != w.c)
@@ -203,28 +203,121 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
   return ffi::Error::Success();
 }
 
-ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
+// Lays out the weights of a depthwise convolution of codes [positions, o], and finds the offset of each column.
+void pack_depthwise(const Window& w, const int8_t* codes, int64_t stride, int32_t* weights, int32_t* offset) {
+  std::fill(offset, offset + stride, 0);
+  for (int64_t k = 0; k < w.k_h * w.k_w; ++k)
+    for (int64_t at = 0; at < stride; ++at) {
+      weights[k * stride + at] = at < w.o ? codes[k * w.o + at] : 0;
+      offset[at] += 128 * weights[k * stride + at];
+    }
+}
+
+CodeScale code_scale(float scale) {
+  return {scale, scale > 0x1p-96f && scale < 0x1p96f ? 1.0f / scale : 0.0f};
+}
+
+// Rounds what is in float, and cuts the rows of the result into parts.
+ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& variant, Convolution& p, const float* x) {
+  const Window& w = p.window;
+  const Scratch zeros = scratch(p.stride);
+  if (zeros == nullptr) return no_memory();
+  std::memset(zeros.get(), 128, p.stride);
+  Scratch rounded;
+  if (x != nullptr) {
+    const int64_t line = w.w * w.c, lines = w.n * w.h, some = std::max<int64_t>(1, kWorthMoving / line);
+    rounded = scratch(lines * line);
+    if (rounded == nullptr) return no_memory();
+    run(pool, lines >= 2 * some, (lines + some - 1) / some, [&](int64_t part) {
+      for (int64_t at = part * some; at < std::min(lines, (part + 1) * some); ++at)
+        variant.round(x + at * line, line, code_scale(p.row_scale[at / w.h]),
+                      static_cast<uint8_t*>(rounded.get()) + at * line);
+    });
+    p.x = rounded.get();
+  }
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
+  const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
+  const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
+  run(pool, products >= kWorthAThread / 2, (all + some - 1) / some, [&](int64_t part) {
+    variant.rows(p, static_cast<const uint8_t*>(zeros.get()), part * some, std::min(all, part * some + some));
+  });
+  return ffi::Error::Success();
+}
+
+// Either `x` or `bytes` is the image: floats, or codes with 128 added.
+ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& variant, Convolution& p, const float* x,
+                          const uint8_t* bytes) {
+  const Window& w = p.window;
+  const CodesLayout& layout = variant.codes;
+  if (bytes != nullptr && layout.bytes == 1 && !w.is_padded() && w.run_length() % layout.terms == 0) {
+    p.x = bytes;  // as the products read it
+    multiply(pool, variant, variant.of_codes, p, [](int64_t, int64_t) {});
+    return ffi::Error::Success();
+  }
+  const Scratch rounded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * layout.bytes);
+  if (rounded == nullptr) return no_memory();
+  p.x = rounded.get();
+  const auto convert = [&](int64_t from, int64_t count, int64_t example, void* to) {
+    if (bytes != nullptr)
+      variant.widen(bytes + from, count, to);
+    else
+      variant.round(x + from, count, p.row_scale[example], to);
+  };
+  if (w.k_h == 1 && w.k_w == 1 && w.stride_h == 1 && w.stride_w == 1 && !w.is_padded()) {
+    // Pixels are read once, by the part that rounds them.
+    multiply(pool, variant, variant.of_codes, p, [&](int64_t pixel, int64_t end) {
+      while (pixel < end) {
+        const int64_t example = pixel / (w.h * w.w), stop = std::min(end, (example + 1) * w.h * w.w);
+        convert(pixel * w.c, (stop - pixel) * w.c, example,
+                static_cast<uint8_t*>(rounded.get()) + pixel * w.c * layout.bytes);
+        pixel = stop;
+      }
+    });
+    return ffi::Error::Success();
+  }
+  pad(pool, w, layout.bytes, layout.zero, rounded.get(),
+      [&](int64_t row, void* to) { convert(row * w.w * w.c, w.w * w.c, row / w.h, to); });
+  multiply(pool, variant, variant.of_codes, p, [](int64_t, int64_t) {});
+  return ffi::Error::Success();
+}
+
+ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> codes,
                                ffi::BufferR2<ffi::F32> scale, ffi::BufferR1<ffi::F32> static_scale,
-                               ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual, Geometry geometry,
-                               Geometry activation, ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32> y) {
+                               ffi::BufferR1<ffi::F32> result_scale, ffi::BufferR1<ffi::F32> bias,
+                               ffi::AnyBuffer residual, Geometry geometry, Geometry activation,
+                               ffi::Span<const float> bounds, ffi::Result<ffi::AnyBuffer> y) {
   Convolution p{};
   Window& w = p.window;
   if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
-  if (auto error = epilogue_of(bias, residual, activation, bounds, y, p.epilogue); error.failure()) return error;
+  if (auto error = epilogue_of(bias, residual, activation, bounds, y->dimensions(), p.epilogue); error.failure())
+    return error;
+  const bool depthwise = codes.dimensions()[0] == w.k_h * w.k_w && w.c != 1;
+  const bool read_codes = x.element_type() == ffi::U8, dynamic = static_scale.dimensions()[0] == 0;
+  const bool write_codes = result_scale.dimensions()[0] == 1;
   const int64_t scales = scale.dimensions()[1];
-  if (codes.dimensions()[0] != w.terms() || codes.dimensions()[1] != w.o || scale.dimensions()[0] != 1 ||
-      (scales != 1 && scales != w.o) || static_scale.dimensions()[0] > 1)
+  if (codes.dimensions()[0] != (depthwise ? w.k_h * w.k_w : w.terms()) || codes.dimensions()[1] != w.o ||
+      (depthwise && w.o != w.c) || scale.dimensions()[0] != 1 || (scales != 1 && scales != w.o) ||
+      static_scale.dimensions()[0] > 1 || result_scale.dimensions()[0] > 1)
     return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  if ((!read_codes && x.element_type() != ffi::F32) || (read_codes && dynamic) ||
+      y->element_type() != (write_codes ? ffi::U8 : ffi::F32))
+    return ffi::Error::InvalidArgument("convolution: images are floats, or codes with a scale");
   if (y->element_count() == 0) return ffi::Error::Success();
   const ConvolutionVariant& variant = chosen();
   const CodesLayout& layout = variant.codes;
   p.steps = (w.run_length() + layout.terms - 1) / layout.terms;
-  p.stride = (w.o + layout.lanes - 1) / layout.lanes * layout.lanes;
-  p.y = y->typed_data();
-  const int64_t image = w.h * w.w * w.c, packed_rows = w.runs() * p.steps;
-  const Scratch columns = scratch(p.stride * 8);
-  const Scratch rounded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * layout.bytes), rows = scratch(w.n * 4);
-  if (columns == nullptr || rounded == nullptr || rows == nullptr) return no_memory();
+  const int64_t lanes = layout.lanes, image = w.h * w.w * w.c;
+  p.stride = (w.o + lanes - 1) / lanes * lanes;
+  if (write_codes) {
+    p.codes = static_cast<uint8_t*>(y->untyped_data());
+    p.epilogue.code_scale = code_scale(*result_scale.typed_data());
+  } else {
+    p.y = static_cast<float*>(y->untyped_data());
+  }
+  const auto* floats = read_codes ? nullptr : static_cast<const float*>(x.untyped_data());
+  const auto* bytes = read_codes ? static_cast<const uint8_t*>(x.untyped_data()) : nullptr;
+  const Scratch columns = scratch(p.stride * 8), rows = scratch(w.n * 4);
+  if (columns == nullptr || rows == nullptr) return no_memory();
   float* const column_scale = static_cast<float*>(columns.get());
   float* const wide_bias = column_scale + p.stride;
   float* const row_scale = static_cast<float*>(rows.get());
@@ -235,16 +328,18 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
   }
 
   // The scales of the examples, and at the same time the weights, if they are to be packed.
-  const bool dynamic = static_scale.dimensions()[0] == 0;
+  const int64_t packed_rows = depthwise ? w.k_h * w.k_w : w.runs() * p.steps, vectors = p.stride / lanes;
   const int64_t pieces = dynamic ? std::max<int64_t>(1, (image + kWorthMoving - 1) / kWorthMoving) : 0;
-  const int64_t lanes = layout.lanes, vectors = p.stride / lanes;
-  const int64_t at_once = std::max<int64_t>(1, std::min(vectors, kWorthMoving / std::max<int64_t>(1, packed_rows * lanes)));
+  const int64_t at_once =
+      depthwise ? vectors
+                : std::max<int64_t>(1, std::min(vectors, kWorthMoving / std::max<int64_t>(1, packed_rows * lanes)));
   const Scratch found = scratch(std::max<int64_t>(1, pieces * w.n) * 4);
   if (found == nullptr) return no_memory();
   int32_t* const most = static_cast<int32_t*>(found.get());
   // The weights as the products read them, and behind them the offset of each column.
   const int64_t weight_bytes = packed_rows * p.stride * 4;
-  const auto kept = kept_panels(codes.typed_data(), w.terms() * w.o, &variant, w.o, w.runs(), 1,
+  const void* const layout_of = depthwise ? static_cast<const void*>(variant.depthwise_codes) : &variant;
+  const auto kept = kept_panels(codes.typed_data(), codes.element_count(), layout_of, w.o, w.runs(), 1,
                                 (weight_bytes + p.stride * 4 + kBeyond + 63) / 64 * 64);
   bool fill = false;
   auto* packed = kept == nullptr ? nullptr : reinterpret_cast<uint8_t*>(kept->panel(0, fill));
@@ -255,6 +350,8 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
   int32_t* const offset = reinterpret_cast<int32_t*>(packed + weight_bytes);
   const int64_t packs = packs_here ? (vectors + at_once - 1) / at_once : 0;
   run(pool, pieces * w.n + packs > 2, pieces * w.n + packs, [&](int64_t part) {
+    if (part < packs && depthwise)
+      return pack_depthwise(w, codes.typed_data(), p.stride, reinterpret_cast<int32_t*>(packed), offset);
     if (part < packs) {
       variant.pack(w, codes.typed_data(), packed, p.stride, offset, part * at_once * lanes,
                    std::min(vectors, (part + 1) * at_once) * lanes);
@@ -262,7 +359,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
     }
     part -= packs;
     const int64_t from = part % pieces * kWorthMoving;
-    most[part] = variant.largest(x.typed_data() + part / pieces * image + from, std::min(kWorthMoving, image - from));
+    most[part] = variant.largest(floats + part / pieces * image + from, std::min(kWorthMoving, image - from));
   });
   if (fill) kept->filled(0);
   for (int64_t example = 0; example < w.n; ++example) {
@@ -273,28 +370,13 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, 
     const int32_t bits = *std::max_element(most + example * pieces, most + (example + 1) * pieces);
     row_scale[example] = int8_scale(bits);
   }
-  p.x = rounded.get();
+  p.x = bytes;
   p.weights = packed;
   p.scale = column_scale;
   p.offset = offset;
   p.row_scale = row_scale;
-  if (w.k_h == 1 && w.k_w == 1 && w.stride_h == 1 && w.stride_w == 1 && !w.is_padded()) {
-    // Pixels are read once, by the part that rounds them.
-    multiply(pool, variant, variant.of_codes, p, [&](int64_t pixel, int64_t end) {
-      while (pixel < end) {
-        const int64_t example = pixel / (w.h * w.w), stop = std::min(end, (example + 1) * w.h * w.w);
-        variant.round(x.typed_data() + pixel * w.c, (stop - pixel) * w.c, row_scale[example],
-                      static_cast<uint8_t*>(rounded.get()) + pixel * w.c * layout.bytes);
-        pixel = stop;
-      }
-    });
-    return ffi::Error::Success();
-  }
-  pad(pool, w, layout.bytes, layout.zero, rounded.get(), [&](int64_t row, void* to) {
-    variant.round(x.typed_data() + row * w.w * w.c, w.w * w.c, row_scale[row / w.h], to);
-  });
-  multiply(pool, variant, variant.of_codes, p, [](int64_t, int64_t) {});
-  return ffi::Error::Success();
+  if (depthwise) return depthwise_of_codes(pool, *variant.depthwise_codes, p, floats);
+  return dense_of_codes(pool, variant, p, floats, bytes);
 }
 
 }  // namespace
@@ -317,16 +399,17 @@ XLA_FFI_DEFINE_HANDLER(kConvolution, lepton::convolution,
 XLA_FFI_DEFINE_HANDLER(kIntegerConvolution, lepton::integer_convolution,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::BufferR4<ffi::F32>>()
+                           .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::BufferR2<ffi::S8>>()
                            .Arg<ffi::BufferR2<ffi::F32>>()
+                           .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::AnyBuffer>()
                            .Attr<ffi::Span<const int64_t>>("geometry")
                            .Attr<ffi::Span<const int64_t>>("activation")
                            .Attr<ffi::Span<const float>>("bounds")
-                           .Ret<ffi::BufferR4<ffi::F32>>());
+                           .Ret<ffi::AnyBuffer>());
 
 EXPORTED XLA_FFI_Error* lepton_convolution(XLA_FFI_CallFrame* frame) { return kConvolution(frame); }
 EXPORTED XLA_FFI_Error* lepton_integer_convolution(XLA_FFI_CallFrame* frame) { return kIntegerConvolution(frame); }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,8 @@ def convolve_codes(
 
     Args:
         x: float32 [N, H, W, C].
-        weight: int8, row-major, [h * w * C, O], with one scale for each column or one for all.
+        weight: int8, row-major, [h * w * C, O], or [h * w, C] for a filter a channel, with one scale for each column or
+            one for all.
         geometry: where the windows lie; h and w are its window.
         static_scale: the scale of x, float32 with one element; None: that of each example covers its largest magnitude.
 
@@ -127,8 +129,41 @@ def convolve_codes(
     static = jnp.zeros(0, jnp.float32) if static_scale is None else jnp.reshape(static_scale, (1,))
     none = jnp.zeros(0, jnp.float32)
     return _INTEGER_CONVOLUTION.bind(
-        x, weight.values, weight.scale, static, none, none, geometry=geometry, epilogue=Epilogue()
+        x, weight.values, weight.scale, static, none, none, none, geometry=geometry, epilogue=Epilogue()
     )
+
+
+class Operands(NamedTuple):
+    """Those of a convolution of codes, as its equation has them; what has no elements is not there.
+
+    Attributes:
+        x: the images, float32, or `in_codes`.
+        codes, scale: of the weight.
+        static: the scale of the images.
+        result: the scale of the result, which is rounded and written `in_codes`.
+        bias, residual: of the epilogue.
+    """
+
+    x: Any
+    codes: Any
+    scale: Any
+    static: Any
+    result: Any
+    bias: Any
+    residual: Any
+
+    def bind(self, params: Mapping[str, Any]) -> jax.Array:
+        """The convolution of these operands."""
+        return _INTEGER_CONVOLUTION.bind(*self, **params)
+
+
+def in_codes(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Round images as a convolution of codes would: to codes with 128 added, uint8, which it then takes instead.
+
+    >>> in_codes(jnp.array([-1.0, 0.0, 0.5, 9.0]), jnp.array([0.5])).tolist()
+    [126, 128, 129, 146]
+    """
+    return (encode(x, scale, FORMATS["int8"]).astype(jnp.int32) + 128).astype(jnp.uint8)
 
 
 def followed(name: str, operands: Any, bias: Any, residual: Any, geometry: Geometry, epilogue: Epilogue) -> jax.Array:
@@ -142,6 +177,12 @@ def followed(name: str, operands: Any, bias: Any, residual: Any, geometry: Geome
 def _shape(x: Any, *operands: Any, geometry: Geometry, **_: Any) -> tuple[tuple[Any, ...], Any]:
     sizes = (geometry.size(size, axis) for axis, size in enumerate(x.shape[1:3]))
     return (x.shape[0], *sizes, operands[0].shape[-1]), jnp.dtype("float32")
+
+
+def _shape_of_codes(*operands: Any, geometry: Geometry, **_: Any) -> tuple[tuple[Any, ...], Any]:
+    given = Operands(*operands)
+    shape, dtype = _shape(given.x, given.codes, geometry=geometry)
+    return shape, jnp.dtype("uint8") if given.result.shape[0] else dtype
 
 
 def _by_xla(
@@ -176,26 +217,24 @@ def _shifted(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     return total
 
 
-def _codes_by_xla(
-    x: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    static: jax.Array,
-    bias: jax.Array,
-    residual: jax.Array,
-    *,
-    geometry: Geometry,
-    epilogue: Epilogue,
-) -> jax.Array:
+def _codes_by_xla(*operands: jax.Array, geometry: Geometry, epilogue: Epilogue) -> jax.Array:
     """The same in XLA's own operations."""
-    int8 = FORMATS["int8"]
+    given, int8 = Operands(*operands), FORMATS["int8"]
+    x, static = given.x, given.static
     examples = (
         absmax_scale(magnitude(x, (1, 2, 3)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1, 1, 1))
     )
-    weight = jnp.reshape(codes, (*geometry.window, x.shape[3], codes.shape[1]))
-    total = _convolved(encode(x, examples, int8), weight, geometry, jnp.int32)
-    out = total.astype(jnp.float32) * (examples * jnp.reshape(scale, (1, 1, 1, -1)))
-    return epilogue.apply(out, bias, residual)
+    codes = (x.astype(jnp.int32) - 128).astype(jnp.int8) if x.dtype == jnp.uint8 else encode(x, examples, int8)
+    channels = x.shape[3]
+    if given.codes.shape[0] == math.prod(geometry.window) and channels != 1:
+        weight = jnp.reshape(given.codes, (*geometry.window, 1, channels)).astype(jnp.int32)
+        total = _shifted(codes.astype(jnp.int32), weight, geometry)
+    else:
+        weight = jnp.reshape(given.codes, (*geometry.window, channels, given.codes.shape[1]))
+        total = _convolved(codes, weight, geometry, jnp.int32)
+    out = total.astype(jnp.float32) * (examples * jnp.reshape(given.scale, (1, 1, 1, -1)))
+    out = epilogue.apply(out, given.bias, given.residual)
+    return in_codes(out, jnp.reshape(given.result, (1, 1, 1, 1))) if given.result.shape[0] else out
 
 
 def _call(
@@ -215,5 +254,7 @@ def _integer_call(*operands: Any, **params: Any) -> tuple[str, tuple[Any, ...], 
 
 
 _CONVOLUTION = _compat.row_primitive("convolution", _shape, _by_xla, _float_call, by_row=(0, 3))
-_INTEGER_CONVOLUTION = _compat.row_primitive("integer_convolution", _shape, _codes_by_xla, _integer_call, by_row=(0, 5))
+_INTEGER_CONVOLUTION = _compat.row_primitive(
+    "integer_convolution", _shape_of_codes, _codes_by_xla, _integer_call, by_row=(0, 6)
+)
 PRIMITIVES = {"convolution": _CONVOLUTION, "integer_convolution": _INTEGER_CONVOLUTION}

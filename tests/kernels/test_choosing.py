@@ -325,6 +325,51 @@ def test_convolutions_of_codes_by_kernels(kernels, clock, monkeypatch):
     np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, given_images), expected, rtol=1e-5, atol=1e-5)
 
 
+def inverted_block():
+    """Wider, a filter a channel, narrower."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (1, 1, 6, 12), "b": (3, 3, 1, 12), "c": (1, 1, 12, 6)}
+    weights = {name: jnp.asarray(rng.standard_normal(shape) / 3, jnp.float32) for name, shape in shapes.items()}
+
+    def fn(w, x):
+        for name, groups in (("a", 1), ("b", 12), ("c", 1)):
+            x = jax.nn.relu6(
+                jax.lax.conv_general_dilated(
+                    x, w[name], (1, 1), "SAME", dimension_numbers=NUMBERS, feature_group_count=groups
+                )
+            )
+        return x
+
+    return lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", 5, 5, 6), "float32")})
+
+
+@pytest.mark.parametrize("passing_us", [50.0, 150.0])
+def test_convolutions_that_lose_alone_may_win_together(kernels, clock, monkeypatch, passing_us):
+    """With static scales codes pass between them: that is tried as a whole, and taken if it wins."""
+    clock(dict.fromkeys("abc", 400.0), None)
+
+    def time_programs(functions, inputs, timer=None):
+        texts = [str(jax.make_jaxpr(fn)(weights, *inputs)) for fn, weights in functions]
+        return [passing_us if "u8[" in text else FLOAT_US + 10 * text.count("integer_convolution") for text in texts]
+
+    monkeypatch.setattr(integer_arithmetic, "time_programs", time_programs)
+    program, given_images = inverted_block(), images()
+    plan = lx.passes.resolve(lx.Recipe.load("int8").replace({"quantize.0.dynamic": False}), program)
+    ranges = {"a": jnp.float32(4), "b": jnp.float32(6), "c": jnp.float32(6)}
+    lowered = lx.passes.quantize(program, plan, ranges, sizes=SIZES)
+    wins = passing_us < FLOAT_US
+    assert {site.outcome for site in sites(lowered).values()} == {"codes" if wins else "changed"}
+    if not wins:
+        return
+    reason = "by a kernel: 4.00 of float's time alone; it takes and gives codes where its neighbours do"
+    assert {(site.reason, *site.metrics["way"].values()) for site in sites(lowered).values()} == {
+        (reason, "kernel", "kernel")
+    }
+    plain = lx.passes.quantize(program, plan, ranges)  # nothing timed: by XLA, with floats in between
+    expected = jax.jit(plain.fn)(plain.weights, given_images)
+    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, given_images), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_convolutions_in_float_by_kernels(kernels, monkeypatch):
     """`autotune` times the kernel with what follows it, and takes it where it wins at every size."""
     program, given_images = convolutions(), images()

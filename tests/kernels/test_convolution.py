@@ -76,7 +76,7 @@ def rounded(x, static=None):
 def of_codes(x, weight, geometry, static=None):
     """Rounded to float32 where the kernel does, and nowhere else."""
     codes, scale = rounded(x, static)
-    window = np.asarray(weight.values, np.int64).reshape(*geometry.window, x.shape[3], -1)
+    window = np.asarray(weight.values, np.int64).reshape(*geometry.window, -1, weight.values.shape[1])
     with np.errstate(invalid="ignore", over="ignore"):
         return summed(codes, window, geometry).astype(np.float32) * (scale * np.asarray(weight.scale))
 
@@ -135,27 +135,52 @@ def test_every_shape_in_float(variants, size, channels, columns, depthwise, geom
     size=st.tuples(st.integers(1, 3), st.integers(7, 12), st.integers(7, 12)),
     channels=st.integers(1, 40),
     columns=st.integers(1, 70),
+    depthwise=st.booleans(),
     geometry=GEOMETRIES,
     epilogue=EPILOGUES,
     extra=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 0.02])),
+    between=st.tuples(st.booleans(), st.sampled_from([None, 0.5])),
 )
-def test_every_shape_of_codes(variants, size, channels, columns, geometry, epilogue, extra):
-    x = array(*size, channels)
+def test_every_shape_of_codes(variants, size, channels, columns, depthwise, geometry, epilogue, extra, between):
+    """Floats or codes go in, floats or codes come out."""
+    x, columns = array(*size, channels), channels if depthwise else columns
     x[0] = 0
-    weight = stored(math.prod(geometry.window) * channels, columns, per_channel=extra[2])
+    weight = stored(math.prod(geometry.window) * (1 if depthwise else channels), columns, per_channel=extra[2])
     exact = of_codes(x, weight, geometry, extra[3])
     bias = array(columns, seed=3) if extra[0] else NONE
     residual = array(*exact.shape, seed=4) if extra[1] else NONE
-    static = NONE if extra[3] is None else np.full(1, extra[3], np.float32)
+    static, result = (NONE if scale is None else np.full(1, scale, np.float32) for scale in (extra[3], between[1]))
+    image = (rounded(x, extra[3])[0] + 128).astype(np.uint8) if between[0] and extra[3] else x
+    operands = (image, weight.values, weight.scale, static, result)
+    blurred = epilogue.activation == "silu" or bias.size
+    expected = finished(exact.astype(np.float64) if blurred else exact, bias, residual, epilogue)
     for _ in variants():
-        got = by_kernel(
-            "integer_convolution", (x, weight.values, weight.scale, static), bias, residual, geometry, epilogue
-        )
-        if epilogue.activation == "silu" or bias.size:
-            expected = finished(exact.astype(np.float64), bias, residual, epilogue)
+        got = by_kernel("integer_convolution", operands, bias, residual, geometry, epilogue)
+        if result.size:
+            apart = np.abs(got.astype(int) - 128 - rounded(expected.astype(np.float32), between[1])[0])
+            assert apart.max(initial=0) <= (1 if blurred else 0)
+            assert apart.sum() <= 1 + apart.size // 500
+        elif blurred:
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(exact).max(initial=1))
         else:
-            np.testing.assert_array_equal(got, finished(exact, bias, residual, epilogue))
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("scale", [0.037, 1.0, 6 / 127, 3e-38, 1e-20, 1e30, 1e36])
+def test_results_are_rounded_as_a_division_has_them(variants, scale):
+    """Codes of what is at and near the middle between two, and of what no code is near."""
+    scale = np.float32(scale)
+    middles = (np.arange(-130, 130, dtype=np.float32) + np.float32(0.5)) * scale
+    near = [middles * np.float32(1 + step * 2.0**-24) for step in range(-4, 5)]
+    random = np.random.default_rng(0).uniform(-130, 130, 10_000).astype(np.float32) * scale
+    odd = np.array([np.inf, -np.inf, np.nan, 3e38, -3e38, 1e-45, 0, -0.0], np.float32)
+    given_values = np.concatenate([*near, random, odd])
+    values = np.resize(given_values, (1, -(-given_values.size // 19), 1, 19))
+    image, weight = np.zeros((*values.shape[:3], 2), np.uint8), stored(2, 19)
+    operands = (image + 128, weight.values, weight.scale, np.ones(1, np.float32), np.full(1, scale))
+    for _ in variants():
+        got = by_kernel("integer_convolution", operands, NONE, values, Geometry((1, 1)), PLAIN)
+        np.testing.assert_array_equal(got.astype(int) - 128, rounded(values, scale)[0])
 
 
 @pytest.mark.parametrize(("size", "channels", "columns"), [((2, 40, 40), 48, 64), ((1, 7, 7), 500, 700)])
@@ -163,7 +188,7 @@ def test_convolutions_that_are_spread_over_threads(variants, size, channels, col
     """Cut by pixels, and by columns; padded, depthwise, and of codes."""
     x, geometry = array(*size, channels), Geometry((3, 3), padding=((1, 1), (1, 1)))
     weight, each = array(3, 3, channels, columns, seed=2), array(3, 3, 1, channels, seed=3)
-    codes = stored(9 * channels, columns)
+    codes, filters = stored(9 * channels, columns), stored(9, channels)
     wide = [part.astype(np.float64) for part in (x, weight, each)]
     for _ in variants():
         got = convolution.convolve(jnp.asarray(x), jnp.asarray(weight), geometry)
@@ -172,6 +197,8 @@ def test_convolutions_that_are_spread_over_threads(variants, size, channels, col
         np.testing.assert_allclose(got, summed(wide[0], wide[2], geometry), rtol=1e-5, atol=1e-5)
         got = convolution.convolve_codes(jnp.asarray(x), codes, geometry)
         np.testing.assert_array_equal(got, of_codes(x, codes, geometry))
+        got = convolution.convolve_codes(jnp.asarray(x), filters, geometry)
+        np.testing.assert_array_equal(got, of_codes(x, filters, geometry))
 
 
 def test_nan_and_infinities(variants):
@@ -262,12 +289,34 @@ def test_transformations_and_the_fallback(kernels, monkeypatch):
 @pytest.mark.parametrize("name", ["convolution", "integer_convolution"])
 def test_the_fallback_of_epilogues(kernels, monkeypatch, name, epilogue):
     x, geometry, codes = array(2, 6, 6, 5), Geometry((1, 1)), stored(5, 9)
-    operands = (x, array(1, 1, 5, 9)) if name == "convolution" else (x, codes.values, codes.scale, NONE)
+    operands = (x, array(1, 1, 5, 9)) if name == "convolution" else (x, codes.values, codes.scale, NONE, NONE)
     given_operands = (operands, array(9), array(2, 6, 6, 9, seed=5), geometry, epilogue)
     expected = by_kernel(name, *given_operands)
     monkeypatch.setenv(installation.VARIABLE, "off")
     jax.clear_caches()
     np.testing.assert_allclose(by_kernel(name, *given_operands), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_fallback_between_convolutions(kernels, monkeypatch):
+    """The same bytes."""
+    x, geometry = array(2, 7, 6, 5), Geometry((3, 3), (2, 1), padding=((1, 1), (0, 2)))
+    one, static = stored(5, 5), np.full(1, 0.03, np.float32)
+    for weight in (stored(45, 9), stored(9, 5)):
+
+        def chain(weight=weight):
+            first = (x, one.values, one.scale, static, static * 99)
+            between = by_kernel("integer_convolution", first, NONE, NONE, Geometry((1, 1)), Epilogue("clamp", 0, 300))
+            second = (between, weight.values, weight.scale, static * 99, static * 2000)
+            return between, by_kernel("integer_convolution", second, NONE, NONE, geometry, PLAIN)
+
+        with monkeypatch.context() as patched:
+            expected = chain()
+            patched.setenv(installation.VARIABLE, "off")
+            jax.clear_caches()
+            for got, each in zip(chain(), expected, strict=True):
+                assert len(set(each.flat)) > 20
+                np.testing.assert_array_equal(got, each)
+        jax.clear_caches()
 
 
 WRONG = {
@@ -298,7 +347,7 @@ def test_geometries_that_reach_outside_are_refused(kernels, place):
     numbers[place] = -1 if place > 5 else 0
     for name, operands in {
         "convolution": ((2, 3, 3, 3), (3, 3, 3, 4), (0,), (0,)),
-        "integer_convolution": ((2, 3, 3, 3), (27, 4), (1, 4), (0,), (0,), (0,)),
+        "integer_convolution": ((2, 3, 3, 3), (27, 4), (1, 4), (0,), (0,), (0,), (0,)),
     }.items():
         call = jax.ffi.ffi_call(f"{installation.PREFIX}{name}", jax.ShapeDtypeStruct((2, 3, 3, 4), jnp.float32))
         kinds = ["i1" if name[0] == "i" and at == 1 else "f4" for at in range(len(operands))]
@@ -316,6 +365,7 @@ def digest():
         convolution.convolve(x, jnp.asarray(array(3, 3, 40, 50, seed=2)), geometry),
         convolution.convolve(x, jnp.asarray(array(3, 3, 1, 40, seed=3)), geometry),
         convolution.convolve_codes(x, stored(360, 50), geometry),
+        convolution.convolve_codes(x, stored(9, 40), geometry),
     ]
     return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in found)).hexdigest()
 

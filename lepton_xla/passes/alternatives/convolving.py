@@ -49,12 +49,21 @@ def fits(eqn: Any) -> bool:
     if eqn.primitive.name != "conv_general_dilated":
         return False
     image, window = (var.aval for var in eqn.invars)
-    if geometry_of(eqn.params, image, window) is None or 0 in eqn.outvars[0].aval.shape:
-        return False
-    groups, spec = eqn.params["feature_group_count"], eqn.params["dimension_numbers"].rhs_spec
-    each = groups == image.shape[3] == window.shape[spec[0]] and window.shape[spec[1]] == 1
     floats = all(operand.dtype == jnp.float32 for operand in (image, window, eqn.outvars[0].aval))
-    return floats and (groups == 1 or each)
+    return floats and 0 not in eqn.outvars[0].aval.shape and has_kernel(eqn.params, image, window)
+
+
+def has_kernel(params: Mapping[str, Any], image: Any, window: Any) -> bool:
+    """Whether kernels have the geometry of a `conv_general_dilated`: of all channels, or with a filter a channel.
+
+    Args:
+        params: its parameters.
+        image, window: its operands, or their shapes.
+    """
+    if geometry_of(params, image, window) is None:
+        return False
+    groups, spec = params["feature_group_count"], params["dimension_numbers"].rhs_spec
+    return groups == 1 or (groups == image.shape[3] == window.shape[spec[0]] and window.shape[spec[1]] == 1)
 
 
 def convolve(params: Mapping[str, Any], image: jax.Array, window: jax.Array) -> jax.Array:

@@ -101,10 +101,8 @@ def has_kernel(site: Site, rule: QuantizeRule, target: Target) -> bool:
     if not target.has_kernels:
         return False
     if site.kind == "conv_general_dilated":
-        geometry = convolving.geometry_of(site.params, *site.operands)
-        plain = geometry is not None and site.params["feature_group_count"] == 1
         codes = rule.weights == rule.activations == "int8" and not rule.group
-        return plain and codes
+        return codes and convolving.has_kernel(site.params, *site.operands)
     in_float = rule.activations == "none" and weight_only.fits(rule.weights)
     return (
         (in_float or rule.weights == rule.activations == "int8")

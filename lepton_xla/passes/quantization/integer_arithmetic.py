@@ -20,6 +20,7 @@ from lepton_xla.arguments import takes
 from lepton_xla.derivations import Step
 from lepton_xla.passes.alternatives.autotuning import choose, times_us
 from lepton_xla.passes.alternatives.fusing import fuse
+from lepton_xla.passes.alternatives.passing import pass_codes
 from lepton_xla.passes.core import memory
 from lepton_xla.passes.core.alike import Alike
 from lepton_xla.passes.core.calibration import needs_range
@@ -181,16 +182,17 @@ def quantize(
     candidates = [planned for planned in candidates if not reasons[planned.site.name]]
 
     prepared_s = time.perf_counter() - start - timed_s
+    passing = selection.passing(candidates, timings)
 
     fused: dict[str, str] = {}
 
     def build(integer: frozenset[str], kernels: bool = True) -> Callable[..., Any]:
         side_inputs = {key: name for key, name in names.items() if key[0] in integer}
-        ways = _ways(integer, timings if kernels else selection.without_kernels(timings))
+        ways = selection.ways_of(integer, timings if kernels else selection.without_kernels(timings), passing)
         lowered = _lowered(program.fn, like, every, side_inputs, ways, timer.target, fused)
         by_kernel = {name for name, found in ways.items() if "kernel" in found.values()}
         convolved = any(each.site.kind == "conv_general_dilated" and each.site.name in by_kernel for each in every)
-        return fuse(lowered) if convolved else lowered
+        return pass_codes(fuse(lowered)) if convolved else lowered
 
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}
@@ -213,6 +215,8 @@ def quantize(
     may_unpack = plan.recipe.unpack == "measured"
     if chosen is None:
         sets = selection.candidate_sets({planned.site.name: timings[planned.site.name] for planned in candidates})
+        if passing and (joined := sets[-1] | passing) not in sets:  # what loses alone may win among its neighbours
+            sets.append(joined)
     else:
         sets = [chosen[0] & set(timings)]
     tried = whole.sets(sets, selection.spread(sizes), may_unpack) if len(sets) > 1 else []
@@ -245,7 +249,8 @@ def quantize(
     counted: set[str] = set()
     for planned in every:
         name, path = planned.site.name, planned.site.path
-        entry = _report(planned, reasons[name], integer, timings.get(name, []), fused.get(name, ""))
+        passes = name in passing <= integer
+        entry = _report(planned, reasons[name], integer, timings.get(name, []), fused.get(name, ""), passes)
         if path is not None:
             before = leaf_bytes(like[path].shape, like[path].dtype)
             notes = [zero_channels(planned.site, program.weights[path])]
@@ -409,10 +414,6 @@ def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: fro
     return {names[key]: value for key, value in values.items() if key[0] in integer}
 
 
-def _ways(integer: frozenset[str], timings: Mapping[str, Sequence[Timing]]) -> dict[str, Ways]:
-    return {name: selection.ways(timings[name]) for name in integer}
-
-
 def _kernel_rows(
     integer: frozenset[str], timings: Mapping[str, Sequence[Timing]], sizes: Mapping[str, int]
 ) -> frozenset[int]:
@@ -421,7 +422,7 @@ def _kernel_rows(
     Without its kernels, a program of weights in codes unpacks all of them on each call, and XLA may do so at once: of a
     large model that would take as much memory again as its float weights.
     """
-    ways = _ways(integer, timings)
+    ways = selection.ways_of(integer, timings)
     by_rows: dict[int, list[Timing]] = {}
     for name in integer:
         for timing in timings[name]:
@@ -458,10 +459,13 @@ def _report(
     integer: frozenset[str],
     timings: Sequence[Timing],
     fused: str,
+    passes: bool,
 ) -> SiteReport:
     rule = planned.rule
     metrics: dict[str, Any] = {"timings": [timing.to_json() for timing in timings]} if timings else {}
-    ratio, ways = selection.ratio(timings), selection.ways(timings)
+    name = planned.site.name
+    ways = selection.ways_of([name], {name: timings}, frozenset([name] if passes else []))[name]
+    ratio = selection.ratio(timings, ways)
     if timings:
         metrics["integer_over_float"] = ratio
         metrics["way"] = {str(rows): way for rows, way in ways.items()}
@@ -471,7 +475,7 @@ def _report(
     action, outcome = f"{rule.weights} weights", "changed"
     if paired:
         action, outcome = "kept float", "kept"
-    if planned.site.name in integer:
+    if name in integer:
         action, outcome = f"{rule.weights} x {rule.activations}", "codes"
         if rule.activations == "none":
             action = f"{rule.weights} weights, multiplied as they are stored"
@@ -482,6 +486,8 @@ def _report(
             some = "" if len(rows) == len(ways) else f" at {', '.join(rows)} rows"
             with_others = f" with {fused}" if fused else ""
             reason = f"by a kernel{with_others}{some}: {ratio:.2f} of float's time"
+            if passes:
+                reason += " alone; it takes and gives codes where its neighbours do"
             metrics["fused"] = fused
     elif timings and rule.activations == "none" and not reason:
         reason = f"multiplying it as it is stored ({ratio:.2f} of float's time alone) makes the whole program no faster"
@@ -490,4 +496,4 @@ def _report(
         reason = f"integer arithmetic takes {ratio:.2f} of float's time here, so {kept}"
         if ratio < selection.HOPELESS_RATIO:
             reason = f"integer arithmetic ({ratio:.2f} of float's time alone) does not make the whole program faster"
-    return SiteReport(planned.site.name, action, reason, metrics=metrics, outcome=outcome)
+    return SiteReport(name, action, reason, metrics=metrics, outcome=outcome)

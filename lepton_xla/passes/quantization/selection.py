@@ -11,6 +11,7 @@ from typing import Any
 
 from lepton_xla.passes.core.targets import Target
 from lepton_xla.passes.quantization.measurement import Timing, Way
+from lepton_xla.passes.quantization.storing import PlannedSite
 from lepton_xla.passes.quantization.whole_program import WORTH_RATIO, WholeTiming, loses
 
 _LOG = logging.getLogger(__name__)
@@ -60,12 +61,46 @@ def way_at(ways: Ways, rows: Any) -> Way:
     return ways[min(ways, key=lambda timed: abs(math.log((timed + 1) / (rows + 1))))]
 
 
-def ratio(timings: Sequence[Timing]) -> float:
-    """Time in codes over time in float, geometric mean over sizes; 0 if nothing was timed."""
+def ways_of(
+    names: Collection[str], timings: Mapping[str, Sequence[Timing]], passing: frozenset[str] = frozenset()
+) -> dict[str, Ways]:
+    """The fastest way of each site; the kernel for those in `passing`, if all of these are among the sites.
+
+    >>> timings = {name: [Timing({}, 9.0, 2.0, None, kernel_us=3.0)] for name in "ab"}
+    >>> ways_of("ab", timings), ways_of("ab", timings, frozenset("b"))
+    ({'a': {0: 'XLA'}, 'b': {0: 'XLA'}}, {'a': {0: 'XLA'}, 'b': {0: 'kernel'}})
+    """
+    found = {name: ways(timings[name]) for name in names}
+    for name in passing if passing <= found.keys() else ():
+        if all(timing.kernel_us is not None for timing in timings[name]):
+            found[name] = dict.fromkeys(found[name], "kernel")
+    return found
+
+
+def passing(candidates: Sequence[PlannedSite], timings: Mapping[str, Sequence[Timing]]) -> frozenset[str]:
+    """Convolutions by kernels whose static scales let those before them round for them, whatever they take alone."""
+    return frozenset(
+        planned.site.name
+        for planned in candidates
+        if planned.site.kind == "conv_general_dilated"
+        and planned.rule.activations != "none"
+        and not planned.rule.dynamic
+        and (found := timings[planned.site.name])
+        and all(timing.kernel_us is not None for timing in found)
+    )
+
+
+def ratio(timings: Sequence[Timing], by: Ways | None = None) -> float:
+    """Time in codes over time in float, geometric mean over sizes; 0 if nothing was timed.
+
+    Args:
+        timings: of one site.
+        by: the way for each number of rows; None: the fastest.
+    """
     if not timings:
         return 0.0
-    fastest = ways(timings)
-    return statistics.geometric_mean([timing.us[fastest[timing.rows]] / timing.float_us for timing in timings])
+    taken = ways(timings) if by is None else by
+    return statistics.geometric_mean([timing.us[taken[timing.rows]] / timing.float_us for timing in timings])
 
 
 def without_kernels(

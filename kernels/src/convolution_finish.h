@@ -1,0 +1,163 @@
+// What becomes of the sums of a convolution: bias, activation, residual, and the rounding that what reads the result would
+// do. Included by files that are compiled for an instruction set.
+#pragma once
+
+#include "convolution.h"
+#include "rounding.h"
+
+namespace lepton::VARIANT {
+
+// e^x, as Cephes computes it: to 2 units in the last place.
+inline Floats exponential(Floats x) {
+  const Floats high = Floats{} + 88.72283f, low = Floats{} - 87.33654f;
+  const Floats given = x;
+  x = x > high ? high : x;
+  x = x < low ? low : x;
+  Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const Ints power = (Ints)shifted - (Ints)(Floats{} + 12582912.0f);
+  const Floats whole = shifted - 12582912.0f;
+  x = x - whole * 0.693359375f;
+  x = x + whole * 2.12194440e-4f;
+  Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * x + 8.3334519073e-3f;
+  y = y * x + 4.1665795894e-2f;
+  y = y * x + 1.6666665459e-1f;
+  y = y * x + 5.0000001201e-1f;
+  y = y * (x * x) + x + 1.0f;
+  // In two factors, since 2^128 is not a float.
+  const Ints half = power >> 1;
+  y = y * (Floats)((half + 127) << 23) * (Floats)((power - half + 127) << 23);
+  y = given > high ? Floats{} + __builtin_inff() : y;
+  y = given < low ? Floats{} : y;
+  return given == given ? y : given;
+}
+
+inline Floats load_some(const float* from, int count) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#else
+  Floats found = {};
+  for (int lane = 0; lane < count; ++lane) found[lane] = from[lane];
+  return found;
+#endif
+}
+
+inline void store_some(float* to, Floats values, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)values);
+#else
+  for (int lane = 0; lane < count; ++lane) to[lane] = values[lane];
+#endif
+}
+
+inline Floats activated(const ConvolutionEpilogue& e, Floats v) {
+  if (e.activation == ConvolutionActivation::kClamp) {
+    v = v < e.low ? Floats{} + e.low : v;  // NaN stays NaN
+    return v > e.high ? Floats{} + e.high : v;
+  }
+  if (e.activation == ConvolutionActivation::kSilu) return v * (1.0f / (1.0f + exponential(-v)));
+  return v;
+}
+
+// Codes of values between two bounds, neither beyond 127 times the scale, and zero of NaN: the quotient by the scale as a
+// division rounds it, then to the nearest integer. Two steps of Newton's method take a fourth of a division's time: the
+// first one is off by less than the last bit, and from there the second one is right (Markstein, 1990).
+#if defined(__AVX512F__)
+constexpr bool kHasQuotients = true;
+inline Ints quotients(Floats v, Floats low, Floats high, Floats scale, Floats inverse) {
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const __m512 x = _mm512_min_ps(_mm512_max_ps((__m512)v, (__m512)low), (__m512)high);
+  __m512 q = _mm512_mul_ps(x, (__m512)inverse);
+  q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
+  q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
+  return (Ints)_mm512_maskz_cvtps_epi32(number, q);
+}
+#elif defined(__AVX2__)
+constexpr bool kHasQuotients = true;
+inline Ints quotients(Floats v, Floats low, Floats high, Floats scale, Floats inverse) {
+  const __m256 number = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_ORD_Q);
+  const __m256 x = _mm256_min_ps(_mm256_max_ps((__m256)v, (__m256)low), (__m256)high);
+  __m256 q = _mm256_mul_ps(x, (__m256)inverse);
+  q = _mm256_fmadd_ps(_mm256_fnmadd_ps(q, (__m256)scale, x), (__m256)inverse, q);
+  q = _mm256_fmadd_ps(_mm256_fnmadd_ps(q, (__m256)scale, x), (__m256)inverse, q);
+  return (Ints)_mm256_cvtps_epi32(_mm256_and_ps(q, number));
+}
+#else
+constexpr bool kHasQuotients = false;  // without fused multiply-adds they would not be exact
+inline Ints quotients(Floats, Floats, Floats, Floats, Floats) { return Ints{}; }
+#endif
+
+inline Ints codes_of_values(CodeScale s, Floats v) {
+  if (kHasQuotients && s.inverse != 0.0f) {
+    const Floats most = Floats{} + 127.0f * s.scale;
+    return quotients(v, -most, most, Floats{} + s.scale, Floats{} + s.inverse);
+  }
+  Ints codes;
+  for (int lane = 0; lane < kLanes; ++lane) codes[lane] = code(v[lane], s.scale);
+  return codes;
+}
+
+// Writes codes as bytes with 128 added.
+inline void store_codes(uint8_t* to, Ints codes, int count) {
+#if defined(__AVX512F__)
+  const __m512i shifted = _mm512_add_epi32((__m512i)codes, _mm512_set1_epi32(128));
+  if (count >= kLanes)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(shifted));
+  else
+    _mm512_mask_cvtepi32_storeu_epi8(to, static_cast<__mmask16>((1u << count) - 1), shifted);
+#else
+#if defined(__AVX2__)
+  if (count >= kLanes) {
+    const __m256i shifted = _mm256_add_epi32((__m256i)codes, _mm256_set1_epi32(128));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+  }
+#endif
+  for (int lane = 0; lane < (count < kLanes ? count : kLanes); ++lane) to[lane] = static_cast<uint8_t>(codes[lane] + 128);
+#endif
+}
+
+// Writes channels. Holds copies, since what is written might be what a pointer to them points at, for all that a compiler
+// knows.
+struct Finish {
+  ConvolutionEpilogue e;
+  float* y;
+  uint8_t* codes;
+  Floats low, high, scale, inverse;  // of codes alone
+
+  explicit Finish(const Convolution& p) : e(p.epilogue), y(p.y), codes(p.codes) {
+    const float most = 127.0f * e.code_scale.scale;
+    const bool clamps = e.activation == ConvolutionActivation::kClamp;
+    low = Floats{} + within(clamps ? e.low : -most, most);
+    high = Floats{} + within(clamps ? e.high : most, most);
+    scale = Floats{} + e.code_scale.scale;
+    inverse = Floats{} + e.code_scale.inverse;
+  }
+  static float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }
+
+  // Whether `short_way` may be taken: no more than bounds, and then codes.
+  bool is_short() const {
+    return kHasQuotients && codes != nullptr && e.residual == nullptr && e.activation != ConvolutionActivation::kSilu &&
+           e.code_scale.inverse != 0.0f;
+  }
+  void short_way(Floats v, int64_t at, int count) const {
+    store_codes(codes + at, quotients(v, low, high, scale, inverse), count);
+  }
+  // `v` has its bias already; `count` channels from a position of the result on.
+  void operator()(Floats v, int64_t at, int count) const {
+    const bool whole = count >= kLanes;
+    Floats other = {};
+    if (e.residual != nullptr) other = whole ? load(e.residual + at) : load_some(e.residual + at, count);
+    if (e.residual != nullptr && e.add_first) v += other;
+    v = activated(e, v);
+    if (e.residual != nullptr && !e.add_first) v += other;
+    if (codes != nullptr)
+      store_codes(codes + at, codes_of_values(e.code_scale, v), count);
+    else if (whole)
+      store(y + at, v);
+    else
+      store_some(y + at, v, count);
+  }
+};
+
+}  // namespace lepton::VARIANT

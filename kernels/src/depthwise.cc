@@ -1,0 +1,151 @@
+// Depthwise convolutions of codes of images with their channels last: see convolution.h. Compiled once per instruction set.
+//
+// A few pixels beside each other share the weights that are loaded. What is outside of the image is read from a row of
+// zeros, so that the sum of a channel's weights, times 128, is what bytes with 128 added give too much everywhere.
+#include "convolution_finish.h"
+
+namespace lepton::VARIANT {
+namespace {
+
+constexpr int kPixels = 4, kVectors = 2;
+constexpr int64_t kMostPositions = 64;  // whose places are held at once
+
+// Adds products of bytes that were widened to 32 bits and of weights; both fit into 16.
+inline Ints add_products(Ints sum, Ints x, Ints w) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#elif defined(__AVX2__)
+  return sum + (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)w);
+#else
+  return sum + x * w;
+#endif
+}
+
+inline Ints widen_some(const uint8_t* from, int count) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from));
+#else
+  Ints found = {};
+  for (int lane = 0; lane < count; ++lane) found[lane] = from[lane];
+  return found;
+#endif
+}
+
+// Where the positions of the windows of some pixels are.
+struct Places {
+  const uint8_t* at[kMostPositions][kPixels];
+};
+
+// Vectors of channels from `c` on of P pixels; `first` is the first position of the window, `count` how many there are.
+// Of the last vector not all channels may be there.
+template <int P, int V, bool kWhole>
+inline void add(Ints (&sums)[P][V], const Convolution& p, const Places& places, int64_t first, int64_t count, int64_t c) {
+  const int64_t stride = p.stride;
+  const int32_t* weights = static_cast<const int32_t*>(p.weights) + first * stride + c;
+  for (int64_t k = 0; k < count; ++k, weights += stride) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const Ints w = *reinterpret_cast<const Ints*>(weights + v * kLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) {
+        const uint8_t* from = places.at[k][i] + c + v * kLanes;
+        sums[i][v] = add_products(
+            sums[i][v], kWhole ? widen_unsigned(from) : widen_some(from, static_cast<int>(p.window.c - c)), w);
+      }
+    }
+  }
+}
+
+// Finds the places of positions [first, first + count) of the windows of P pixels.
+template <int P>
+inline void find(const Window& w, const uint8_t* x, const uint8_t* zeros, int64_t row, int64_t column, int64_t first,
+                 int64_t count, Places& places) {
+  int64_t kh = first / w.k_w, kw = first % w.k_w;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t y = row * w.stride_h - w.top + kh * w.dilation_h;
+    int64_t at = column * w.stride_w - w.left + kw * w.dilation_w;
+    const bool inside = y >= 0 && y < w.h;
+    for (int i = 0; i < P; ++i, at += w.stride_w)
+      places.at[k][i] = inside && at >= 0 && at < w.w ? x + (y * w.w + at) * w.c : zeros;
+    if (++kw == w.k_w) kw = 0, ++kh;
+  }
+}
+
+template <int P, int V, bool kWhole>
+inline void some_channels(const Convolution& p, const Finish& finish, const Places* found, Places& places,
+                          const uint8_t* x, const uint8_t* zeros, int64_t row, int64_t column, int64_t pixel,
+                          float row_scale, int64_t c) {
+  typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));
+  const int64_t positions = p.window.k_h * p.window.k_w, apart = p.window.c;
+  Ints sums[P][V] = {};
+  if (found != nullptr) {
+    add<P, V, kWhole>(sums, p, *found, 0, positions, c);
+  } else {
+    for (int64_t first = 0; first < positions; first += kMostPositions) {
+      const int64_t count = positions - first < kMostPositions ? positions - first : kMostPositions;
+      find<P>(p.window, x, zeros, row, column, first, count, places);
+      add<P, V, kWhole>(sums, p, places, first, count, c);
+    }
+  }
+  const bool is_short = kWhole && finish.is_short();
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    const int64_t at = c + v * kLanes;
+    const int count = kWhole ? kLanes : static_cast<int>(apart - at);
+    const Ints offset = *reinterpret_cast<const Ints*>(p.offset + at);
+    const Floats factor = row_scale * load(p.scale + at);
+    const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) {
+      const Floats value = as_floats((Ints)((Unsigned32)sums[i][v] - (Unsigned32)offset)) * factor + bias;
+      if (is_short)
+        finish.short_way(value, (pixel + i) * apart + at, kLanes);
+      else
+        finish(value, (pixel + i) * apart + at, count);
+    }
+  }
+}
+
+template <int P>
+void pixels(const Convolution& p, const Finish& finish, const uint8_t* x, const uint8_t* zeros, int64_t row,
+            int64_t column, int64_t pixel, float row_scale) {
+  const Window& w = p.window;
+  const int64_t channels = w.c, positions = w.k_h * w.k_w;
+  Places places;
+  const Places* found = positions <= kMostPositions ? &places : nullptr;
+  if (found != nullptr) find<P>(w, x, zeros, row, column, 0, positions, places);
+  int64_t c = 0;
+  for (; c + kVectors * kLanes <= channels; c += kVectors * kLanes)
+    some_channels<P, kVectors, true>(p, finish, found, places, x, zeros, row, column, pixel, row_scale, c);
+  for (; c + kLanes <= channels; c += kLanes)
+    some_channels<P, 1, true>(p, finish, found, places, x, zeros, row, column, pixel, row_scale, c);
+  if (c < channels) some_channels<P, 1, false>(p, finish, found, places, x, zeros, row, column, pixel, row_scale, c);
+}
+
+void rows(const Convolution& p, const uint8_t* zeros, int64_t row, int64_t row_end) {
+  const Window& w = p.window;
+  const Finish finish(p);
+  for (; row < row_end; ++row) {
+    const int64_t image = row / w.out_h;
+    const uint8_t* x = static_cast<const uint8_t*>(p.x) + image * w.h * w.w * w.c;
+    int64_t column = 0;
+    for (; column + kPixels <= w.out_w; column += kPixels)
+      pixels<kPixels>(p, finish, x, zeros, row % w.out_h, column, row * w.out_w + column, p.row_scale[image]);
+    for (; column < w.out_w; ++column)
+      pixels<1>(p, finish, x, zeros, row % w.out_h, column, row * w.out_w + column, p.row_scale[image]);
+  }
+}
+
+void round(const float* x, int64_t count, CodeScale scale, uint8_t* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_codes(to + i, codes_of_values(scale, load(x + i)), kLanes);
+  if (i < count)
+    store_codes(to + i, codes_of_values(scale, load_some(x + i, static_cast<int>(count - i))),
+                static_cast<int>(count - i));
+}
+
+}  // namespace
+
+extern const DepthwiseVariant depthwise_codes = {rows, round, kLanes};
+
+}  // namespace lepton::VARIANT
