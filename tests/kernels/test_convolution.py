@@ -188,7 +188,7 @@ def test_convolutions_that_are_spread_over_threads(variants, size, channels, col
     """Cut by pixels, and by columns; padded, depthwise, and of codes."""
     x, geometry = array(*size, channels), Geometry((3, 3), padding=((1, 1), (1, 1)))
     weight, each = array(3, 3, channels, columns, seed=2), array(3, 3, 1, channels, seed=3)
-    codes, filters = stored(9 * channels, columns), stored(9, channels)
+    codes = stored(9 * channels, columns)
     wide = [part.astype(np.float64) for part in (x, weight, each)]
     for _ in variants():
         got = convolution.convolve(jnp.asarray(x), jnp.asarray(weight), geometry)
@@ -197,8 +197,10 @@ def test_convolutions_that_are_spread_over_threads(variants, size, channels, col
         np.testing.assert_allclose(got, summed(wide[0], wide[2], geometry), rtol=1e-5, atol=1e-5)
         got = convolution.convolve_codes(jnp.asarray(x), codes, geometry)
         np.testing.assert_array_equal(got, of_codes(x, codes, geometry))
-        got = convolution.convolve_codes(jnp.asarray(x), filters, geometry)
-        np.testing.assert_array_equal(got, of_codes(x, filters, geometry))
+        for window in ((3, 3), (9, 8)):  # and one of many positions
+            large, filters = dataclasses.replace(geometry, window=window), stored(math.prod(window), channels)
+            got = convolution.convolve_codes(jnp.asarray(x), filters, large)
+            np.testing.assert_array_equal(got, of_codes(x, filters, large))
 
 
 def test_nan_and_infinities(variants):
