@@ -1,13 +1,15 @@
 """Operating a server: what changes cost the requests that come meanwhile.
 
-    python benchmarks/operations.py [--sections NAMES] [--triton PYTHON] [--quick] [--json FILE]
+    python benchmarks/operations.py [--sections NAMES] [--triton PYTHON] [--mlserver PYTHON]
+                                    [--quick] [--json FILE]
 
 Section `swaps`: versions take each other's place under an open loop at 60 % of the capacity, weights alone and whole
 artifacts; a swap of 100 MB of weights; and 1,000 reloads of one model under traffic to another. Section `many`: 200
 models under a budget of memory that has room for a quarter, and 1 to 50 models that share one device. Section
 `monitor`: what sketches and feedback cost, and when drift is noticed. Section `learn`: a model whose data shift, and
 `leptonx learn` beside it. Section `traffic`: what it costs to share requests among versions, and to ask a shadow too.
-Section `triton`: several models and reloads in Triton, with a Python that has nvidia-pytriton (see `serving.py`).
+Section `triton`: several models and reloads in Triton, with a Python that has nvidia-pytriton (see `serving.py`), and
+several models in MLServer, with a Python that has that.
 The server has all cores except the last, which is the load generator's. Rows are kept when they are measured, so an
 interrupted run can continue; `--fresh` measures everything again. Writes
 docs/benchmarks/operations.md; a run of some sections replaces only these.
@@ -55,6 +57,7 @@ def main() -> int:
     sections.add_options(parser, SECTIONS)
     journal.add_option(parser)
     parser.add_argument("--triton", help="a Python that has nvidia-pytriton 0.7.0")
+    parser.add_argument("--mlserver", help="a Python that has mlserver 1.7.1")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each closed loop that finds a capacity")
     options = parser.parse_args()
     if options.quick:

@@ -1,12 +1,14 @@
-"""Triton where ours was measured: several models that share one device, and a model that is loaded anew under load.
+"""Triton and MLServer where ours was measured: several models that share one device, and in Triton one that is loaded
+anew under load.
 
-A section of `operations.py`. The models copy ten numbers, in NumPy in Triton's Python backend: the only one that the
+A section of `operations.py`. The models copy ten numbers, in NumPy, in Triton's Python backend: the only one that the
 wheel brings.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import shutil
 import statistics
@@ -20,7 +22,7 @@ import numpy as np
 import payloads
 import uvloop
 from contenders import SERVERS, triton_installed
-from crowding import rate, requests_of
+from crowding import Request, rate, requests_of
 from loops import load, on_cores
 from payloads import Payload
 from server_process import Server, free_port
@@ -29,11 +31,13 @@ from swapping import CONNECTIONS, SHARE, WINDOW_S, post, under_load
 RELOADS, APART_S = 20, 5.0
 
 INTRODUCTION = (
-    "## Triton\n\nTriton 2.51.0 of the wheel nvidia-pytriton 0.7.0, on the cores that ours has in the tables above, "
-    "with models of its Python backend that copy ten of 784 numbers, each a process of its own. Several models: as "
-    "above. Reloads: the model is unloaded and loaded by the repository's API every five seconds under an open loop at "
-    "60 % of its capacity; p99 is of what was answered with 200 in the second from when that began. Triton has no "
-    "budget of memory by which models go and come, so 200 models under one GiB are not asked of it."
+    "## Triton and MLServer\n\n"
+    "Triton 2.51.0 of the wheel nvidia-pytriton 0.7.0, on the cores that ours has in the tables above, with models of "
+    "its Python backend that copy ten of 784 numbers, each a process of its own. MLServer 1.7.1 with such models in a "
+    "process, asked in JSON: it takes no binary tensors over HTTP. Several models: as above. Reloads, in Triton: the "
+    "model is unloaded and loaded by the repository's API every five seconds under an open loop at 60 % of its "
+    "capacity; p99 is of what was answered with 200 in the second from when that began. Neither has a budget of memory "
+    "by which models go and come, so 200 models under one GiB are not asked of them."
 )
 
 
@@ -58,14 +62,46 @@ def start(folder: pathlib.Path, python: str, names: Sequence[str], payload: Payl
     return server
 
 
+def start_mlserver(folder: pathlib.Path, python: str, names: Sequence[str], body: bytes) -> Server:
+    """MLServer with copies of one model, in one process, on all cores but the last."""
+    for name in names:
+        settings = {"name": name, "implementation": "first10.First10", "max_batch_size": 64, "max_batch_time": 0.002}
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model-settings.json").write_text(json.dumps(settings))
+    ports = {f"{kind}_port": free_port() for kind in ("http", "grpc", "metrics")}
+    (folder / "settings.json").write_text(json.dumps({**ports, "host": "127.0.0.1", "parallel_workers": 0}))
+    with on_cores(slice(None, -1)):
+        server = Server(
+            "MLServer", [str(pathlib.Path(python).with_name("mlserver")), "start", str(folder)], ports["http_port"],
+            f"/v2/models/{names[-1]}/infer", (body, {"Content-Type": "application/json"}),
+            {"PYTHONPATH": str(SERVERS / "mlserver")},
+        )  # fmt: skip
+    server.wait()
+    return server
+
+
+def in_json(names: Sequence[str], payload: Payload) -> tuple[bytes, list[Request]]:
+    """A body in JSON, which is all that MLServer takes over HTTP, and a request to each model."""
+    inputs = [
+        {"name": name, "shape": list(row.shape), "datatype": "FP32", "data": row.ravel().tolist()}
+        for name, row in payload.rows.items()
+    ]
+    body = json.dumps({"inputs": inputs}).encode()
+    lines = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return body, [(f"POST /v2/models/{name}/infer HTTP/1.1\r\n{lines}".encode(), body) for name in names]
+
+
 def several(
-    folder: pathlib.Path, python: str, counts: Sequence[int], connections: Sequence[int], seconds: float
+    folder: pathlib.Path, kind: str, python: str, counts: Sequence[int], connections: Sequence[int], seconds: float
 ) -> dict[str, dict[str, float]]:
     """Requests per second by connections and models: medians of three rounds."""
     _, payload = payloads.first10(folder, quick=False)
     names = [f"m{index:02}" for index in range(max(counts))]
-    server = start(folder / "MODELS", python, names, payload)
-    requests = requests_of(names, payload)
+    if kind == "triton":
+        server, requests = start(folder / "MODELS", python, names, payload), requests_of(names, payload)
+    else:
+        body, requests = in_json(names, payload)
+        server = start_mlserver(folder / "MODELS", python, names, body)
     found: dict[str, dict[str, float]] = {}
     try:
         with on_cores(slice(-1, None)):
@@ -113,34 +149,42 @@ def reloaded(folder: pathlib.Path, python: str, reloads: int, seconds: float) ->
 
 
 def measure(options: argparse.Namespace) -> Iterator[Any]:
-    """All figures so far, again and again; none without a Python that has Triton."""
-    if options.triton is None:
-        return
+    """All figures so far, again and again; none without a Python that has one of them."""
+    pythons = {"triton": options.triton, "mlserver": options.mlserver}
     kept = journal.opened("operations-triton", options, "seconds")
     found: dict[str, Any] = {}
+    counts, connections = ((1, 3), (8,)) if options.quick else ((1, 10, 50), (64, 512))
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        for each in ("several", "reloaded"):
-            (folder / each).mkdir()
-        counts, connections = ((1, 3), (8,)) if options.quick else ((1, 10, 50), (64, 512))
-        found["several"] = kept.row(
-            "several", lambda: several(folder / "several", options.triton, counts, connections, options.seconds)
-        )
-        yield found
-        reloads = 2 if options.quick else RELOADS
-        found["reloaded"] = kept.row(
-            "reloaded", lambda: reloaded(folder / "reloaded", options.triton, reloads, options.seconds)
-        )
-        yield found
+        for kind, python in pythons.items():
+            if python is None:
+                continue
+            (folder / kind).mkdir()
+            of = {"triton": "several"}.get(kind, kind)
+            found[of] = kept.row(
+                of,
+                lambda kind=kind, python=python: several(
+                    folder / kind, kind, python, counts, connections, options.seconds
+                ),
+            )
+            yield found
+        if options.triton is not None:
+            (folder / "reloaded").mkdir()
+            reloads = 2 if options.quick else RELOADS
+            found["reloaded"] = kept.row(
+                "reloaded", lambda: reloaded(folder / "reloaded", options.triton, reloads, options.seconds)
+            )
+            yield found
 
 
 def tables(found: Any) -> list[str]:
     """Markdown of the figures."""
     made: list[str] = []
-    if "several" in found:
-        made.append(harness.markdown(("connections", "models", "requests/s", "of one model's"), [
-            (connections, count, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}")
-            for connections, rates in found["several"].items() for count, per_s in rates.items()
+    shown = {"Triton": found.get("several", {}), "MLServer": found.get("mlserver", {})}
+    if any(shown.values()):
+        made.append(harness.markdown(("server", "connections", "models", "requests/s", "of one model's"), [
+            (name, connections, count, f"{per_s:,.0f}", f"{per_s / rates['1']:.2f}")
+            for name, of in shown.items() for connections, rates in of.items() for count, per_s in rates.items()
         ]))  # fmt: skip
     if "reloaded" in found:
         row = found["reloaded"]
