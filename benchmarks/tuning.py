@@ -3,12 +3,12 @@
     python benchmarks/tuning.py [--models digits,lenet5] [--minutes 10] [--max-drop 0.5] [--train] [--peers] [--quick]
 
 Each model is tuned for the fewest bytes on disk, then for the least time of a call, from one scoring run; MiniLM also
-for the most cosine at the bytes of `int8`; with `--train` digits and the residual CNN also with candidates that are
-trained. The presets are measured in the same runs, in turns with the float model, and judged on the same rows. The
-best preset is the one that is best at the objective among those that keep to the bound by measurement. `--peers` adds
-qwix by hand, NNCF's accuracy control and ModelOpt's AutoQuantize, where they are installed. Trials are kept in
-build/benchmarks/tuning/, so an interrupted run can continue; `--fresh` measures everything again. Each objective is
-written to docs/benchmarks/tuning.md as soon as it is measured.
+for the most cosine at the bytes of `int8`, and the least drop at a fifth of float's bytes; with `--train` digits and
+the residual CNN also with candidates that are trained. The presets are measured in the same runs, in turns with the
+float model, and judged on the same rows. The best preset is the one that is best at the objective among those that keep
+to the bound by measurement. `--peers` adds qwix by hand, NNCF's accuracy control and ModelOpt's AutoQuantize, where
+they are installed. Trials are kept in build/benchmarks/tuning/, so an interrupted run can continue; `--fresh` measures
+everything again. Each objective is written to docs/benchmarks/tuning.md as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import harness
 import models
-from tuning_page import FASTER, HEADER, MODELS, SMALLER, aims, cells, page
+from tuning_page import FASTER, HEADER, MODELS, SMALL, SMALLER, aims, cells, page
 from tuning_trainings import TRAININGS
 
 import lepton_xla as lx
@@ -70,25 +70,26 @@ class Task:
     metric: str | None = None
 
 
-def tasks(model: models.BenchModel, options: argparse.Namespace, known: Mapping[str, Any]) -> list[Task]:
-    """The searches of a model; `known` are those that are done."""
+def tasks(model: models.BenchModel, options: argparse.Namespace, known: Mapping[str, Any]) -> Iterator[Task]:
+    """The searches of a model; `known` are those that are done, those that were yielded before among them."""
     drop = options.max_drop if options.max_drop is not None else MAX_DROP.get(model.name, 0.5)
-    found = [
-        Task("bytes", "bytes", Constraints(max_drop=drop), 0.5),
-        Task("latency", "latency", Constraints(drop), 0.5),
-    ]
-    if model.name == "minilm":
-        int8 = next(
-            (each["bytes"] for each in known.get("bytes", {}).get("presets", []) if each["name"] == "int8"), None
-        )
-        found.append(Task("cosine", "metric", Constraints(max_bytes=int8), 0.5, metric="cosine")) if int8 else None
-    if options.train and model.name in TRAININGS:
+    wanted = options.objectives
+    if "bytes" in wanted:
+        yield Task("bytes", "bytes", Constraints(max_drop=drop), 0.5)
+    if "latency" in wanted:
+        yield Task("latency", "latency", Constraints(drop), 0.5)
+    if model.name == "minilm" and "bytes" in known:
+        int8 = next((each["bytes"] for each in known["bytes"]["presets"] if each["name"] == "int8"), None)
+        if "cosine" in wanted and int8:
+            yield Task("cosine", "metric", Constraints(max_bytes=int8), 0.5, metric="cosine")
+        if "small" in wanted:
+            yield Task("small", "metric", Constraints(max_bytes=int(SMALL * known["bytes"]["float_bytes"])), 0.5)
+    if options.train and model.name in TRAININGS and "trained" in wanted:
         limits = Constraints(
             max_bytes=round(TRAINED_BYTES[model.name] * model.spec.program().weights_bytes),
             min_speedup=TRAINED_SPEEDUP.get(model.name),
         )
-        found.append(Task("trained", "metric", limits, 1.0, TRAININGS[model.name]()))
-    return [task for task in found if task.name in options.objectives]
+        yield Task("trained", "metric", limits, 1.0, TRAININGS[model.name]())
 
 
 def measure(model: models.BenchModel, task: Task, options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def measure(model: models.BenchModel, task: Task, options: argparse.Namespace, f
         budget=Budget(options.minutes * task.share, 3 if options.quick else None, 1 if options.quick else 30),
         buckets=spec.buckets,
         metric=task.metric,
-        presets=PRESETS[:1] if options.quick or task.training or task.name == "cosine" else PRESETS,
-        journal=str(folder / f"{model.name}.jsonl"),
+        presets=PRESETS[:1] if options.quick or task.training or task.name in ("cosine", "small") else PRESETS,
+        journal=str(folder / f"{'-'.join(filter(None, (model.name, task.metric)))}.jsonl"),
         progress=say,
         training=task.training,
     )
@@ -125,7 +126,7 @@ def summary(tuned: Tuning, task: Task, evaluate: Any) -> dict[str, Any]:
     holding = [trial for trial in tuned.trials if trial.origin == "preset" and not trial.excess(tuned.constraints)]
     preset = min(holding, key=lambda trial: trial.value(task.objective), default=None)
     best = tuned.best
-    compared = {} if task.training or task.name == "cosine" else {"preset": shown(preset)}
+    compared = {} if task.training or task.name in ("cosine", "small") else {"preset": shown(preset)}
     better = preset.value(task.objective) / best.value(task.objective) if compared and preset and best else None
     found = {
         "float": tuned.float_metrics[tuned.metric],
@@ -195,7 +196,7 @@ def main() -> int:
     """Measures, prints, writes; exit code 1 where nothing could be measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     harness.add_names(parser, "--models", MODELS)
-    harness.add_names(parser, "--objectives", ("bytes", "latency", "cosine", "trained"))
+    harness.add_names(parser, "--objectives", ("bytes", "latency", "cosine", "small", "trained"))
     parser.add_argument("--minutes", type=float, default=10.0, help="for bytes and latency together; default: 10")
     parser.add_argument("--max-drop", type=float, help="points that may be lost; default: 0.5, of MiniLM 0.2")
     parser.add_argument("--train", action="store_true", help="also train candidates, in as many minutes again")

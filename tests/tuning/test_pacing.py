@@ -4,11 +4,13 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_trainings import SPEC
 from test_tune import FEW, PROGRAM, Watch, X, found
 
+import lepton_xla as lx
 from lepton_xla.passes.quantization.measurement import Timing
 from lepton_xla.recipe import to_toml
 from lepton_xla.tuning import CHOICES, Budget, Constraints, Trial, costs, scores, searching
@@ -163,6 +165,13 @@ def test_what_looks_best_is_trained_for_all_the_time_that_is_left(paced, clock, 
     *_, short, long = [trial for trial in tuned.trials if trial.training]
     assert (long.training["steps"], long.choices) == (3.0, short.choices)
     assert long.recipe.partition("\n")[2] == short.recipe.partition("\n")[2]
+    # All are small enough: where the drop is to be least, the best still has more to learn; otherwise others are tried.
+    for objective, most in (("metric", 3.0), ("bytes", 1.0)):
+        clock.now = 0.0
+        limits = Constraints(max_drop=5.0, max_bytes=600)
+        given = {"training": SPEC, "constraints": limits, "budget": Budget(MINUTES, trials=1), "objective": objective}
+        tuned, _ = paced([100.0, *[20.0] * 9], **given)
+        assert max(trial.training["steps"] for trial in tuned.trials if trial.training) == most
 
 
 @pytest.mark.parametrize("longest", [40.0, 700.0, 5000.0])
@@ -230,6 +239,15 @@ def test_formats_that_there_is_no_time_for_are_told():
         )
     )
     assert store(10) == ([choice.name for choice in CHOICES[:4]], [])
+
+
+def test_formats_are_stored_in_the_order_of_the_choices():
+    # A table that rows are looked up in takes int8 once, whatever activations do, and comes first.
+    weights = {"table": jnp.ones((8, 8)), "q": jnp.ones((8, 8))}
+    program = lx.trace(lambda w, x: w["table"][x] @ w["q"], weights, {"x": lx.TensorSpec(("batch",), "int32")})
+    groups, plans = find_groups(program, CHOICES[:4])
+    assert [each.name for each in groups[0].choices] == ["float", "int8 x int8", "int4"]
+    assert list(stored_weights(program, groups, plans)) == ["float", "int8 x int8", "int8", "int4"]
 
 
 def test_scoring_stops_in_time():
