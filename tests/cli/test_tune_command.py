@@ -111,6 +111,7 @@ def test_what_is_refused(cli, classifier, name, options, said):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_two_processes_share_what_they_train(classifier, tmp_path):
     pytest.importorskip("optuna")
     storage = f"sqlite:///{tmp_path}/study.db"
