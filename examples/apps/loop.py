@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,11 @@ import reports
 from lepton_xla.serve.client import Client
 
 ROWS, PACE_S = 8, 0.02  # of a request, and between two
+PATIENCE_S = 600.0  # for an answer: nothing here depends on how fast a busy machine is
 STAGES = {"stages": [{"shadow": 0.5, "answers": 30}, {"share": 0.5, "answers": 60}], "rollback": ["errors > 1%"]}
 
-type Rows = tuple[dict[str, Any], Sequence[int]]
-"""Inputs of a request by name, and the right class of each of its rows."""
+type Rows = tuple[dict[str, Any], Sequence[Any]]
+"""Inputs of a request by name, and the right class of each of its rows; or the right reply to each text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Plan:
         score: `score(answer, labels)`: how good an answer is, 0 to 1.
         shift: what the shift is, for people.
         judges: numbers of requests that nobody sends, by which the model is judged before and after.
+        generates: whether an input `text` is answered with replies, and a right answer is the right one.
         rule: when to alert.
+        most: tokens of a reply.
         calm: requests before the shift.
         learned: requests after the shift that are learned from.
         patience_s: seconds after the shift within which the alert must fire: a server counts what it sees in at most a
@@ -50,10 +54,12 @@ class Plan:
     """
 
     ask: Callable[[int, bool], Rows]
-    score: Callable[[Mapping[str, np.ndarray], Sequence[int]], float]
+    score: Callable[[Mapping[str, np.ndarray], Sequence[Any]], float]
     shift: str
     judges: Sequence[int]
+    generates: bool = False
     rule: str = "drift > 0.5 over 200"
+    most: int = 64
     calm: int = 150
     learned: int = 250
     patience_s: float = 60.0
@@ -68,10 +74,17 @@ def leptonx(*arguments: object, fine: Sequence[int] = (0,)) -> dict[str, Any]:
     return json.loads(ended.stdout)
 
 
-def tuned(target: str, folder: pathlib.Path, name: str, *limits: object) -> dict[str, Any]:
+def tuned(target: str, folder: pathlib.Path, name: str, *limits: object, compiled: str | None = None) -> dict[str, Any]:
     """Find the smallest recipe within limits, and compile with it to `NAME.lepton`; what `leptonx tune` says.
 
     The artifact keeps its float weights, which `leptonx learn` begins with and makes small by the same steps.
+
+    Args:
+        target: the model, as FILE.py:NAME.
+        folder: for all files.
+        name: of the model.
+        limits: more options of `leptonx tune`.
+        compiled: what is compiled, if it is not the target.
     """
     aside = folder / "tuning.jsonl.old"
     aside.unlink(missing_ok=True)
@@ -82,7 +95,7 @@ def tuned(target: str, folder: pathlib.Path, name: str, *limits: object) -> dict
     if aside.exists():
         print("  all is measured anew: the journal was of another model, other data or another version", flush=True)
     leptonx(
-        "compile", target, "--recipe", folder / "recipe.toml", "--name", name, "--keep-master", "-o",
+        "compile", compiled or target, "--recipe", folder / "recipe.toml", "--name", name, "--keep-master", "-o",
         folder / f"{name}.lepton", "--overwrite",
     )  # fmt: skip
     return found
@@ -131,25 +144,46 @@ def loaded(url: str, name: str, source: str, seconds: float) -> dict[str, float]
 
 
 class _Users:
-    """Sends requests with their feedback."""
+    """Sends requests with their feedback; prompts all at once, as many people would."""
 
     def __init__(self, url: str, client: Client, name: str, plan: Plan) -> None:
         self._url, self._client, self._name, self._plan = url, client, name, plan
+        self._people = ThreadPoolExecutor(ROWS)
         self.sent = 0
         self.curve: list[tuple[float, float]] = []  # requests, and the greatest drift
 
     def send(self, shifted: bool) -> None:
         """The next request, and what its answer should have been."""
         inputs, labels = self._plan.ask(self.sent, shifted)
-        self._client.infer(self._name, inputs, request_id=f"{self.sent}")
-        self._client.feedback(self._name, {f"{self.sent}": [int(each) for each in labels]})
+        self._answer(inputs, f"{self.sent}")
+        if self._plan.generates:
+            given: dict[str, Any] = {f"{self.sent}-{at}": label for at, label in enumerate(labels)}
+        else:
+            given = {f"{self.sent}": [int(each) for each in labels]}
+        self._client.feedback(self._name, given)
         self.sent += 1
+
+    def _answer(self, inputs: dict[str, Any], request_id: str | None = None) -> Mapping[str, np.ndarray]:
+        if not self._plan.generates:
+            return self._client.infer(self._name, inputs, request_id=request_id)
+
+        def reply(at: int) -> str:
+            told = {"text_input": str(inputs["text"][at]), "id": f"{request_id}-{at}" if request_id else ""}
+            body = json.dumps(told | {"max_tokens": self._plan.most}).encode()
+            with urllib.request.urlopen(
+                f"{self._url}/v2/models/{self._name}/generate", body, timeout=PATIENCE_S
+            ) as answer:
+                return json.load(answer)["text_output"]
+
+        return {"text": np.array(list(self._people.map(reply, range(len(inputs["text"])))), object)}
 
     def firing(self) -> bool:
         """Whether the alert fires; notes the drift."""
         known = self._client.monitor(self._name)["drift"]
-        self.curve.append((ROWS * self.sent, max((each["psi"] for each in known), default=0.0)))
-        with urllib.request.urlopen(f"{self._url}/v2/alerts", timeout=30) as answer:
+        by_chance = self._plan.rule.startswith("shift")
+        drifts = [each["psi"] - (each["noise"] if by_chance else 0) for each in known]
+        self.curve.append((ROWS * self.sent, max(drifts, default=0.0)))
+        with urllib.request.urlopen(f"{self._url}/v2/alerts", timeout=PATIENCE_S) as answer:
             alerts = json.load(answer)["alerts"]
         return any(each["rule"] == "drifted" and each["state"] == "firing" for each in alerts)
 
@@ -158,7 +192,7 @@ class _Users:
         scores: list[float] = []
         for number in self._plan.judges:
             inputs, labels = self._plan.ask(number, shifted)
-            scores.append(self._plan.score(self._client.infer(self._name, inputs), labels))
+            scores.append(self._plan.score(self._answer(inputs), labels))
         return float(np.mean(scores))
 
     @contextlib.contextmanager
@@ -189,13 +223,13 @@ def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan,
         folder: for all files.
         plan: what users do.
         steps: of learning.
-        source: input of `leptonx load`.
+        source: input of `leptonx load`; empty where that is measured elsewhere.
         seconds: of load.
         options: more of `leptonx learn`.
     """
     name = artifact.stem
     (folder / "rollout.json").write_text(json.dumps(STAGES))
-    with served(artifact, folder, plan.rule) as url, Client(url) as client:
+    with served(artifact, folder, plan.rule) as url, Client(url, timeout_s=PATIENCE_S) as client:
         users = _Users(url, client, name, plan)
         clean = users.judged(False)
         false_alarm = _watched(users, False, plan.calm, 0.0)
@@ -215,9 +249,10 @@ def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan,
         after = users.judged(False), users.judged(True)
         print(f"  learned: {learned['phase']}: shifted {before[1]:.4f} -> {after[1]:.4f}, as before {before[0]:.4f} -> "
               f"{after[0]:.4f}", flush=True)  # fmt: skip
-        # At the end: the same request again and again is a drift.
-        found: dict[str, Any] = loaded(url, name, source, seconds)
-        print(f"  p99 at 100 requests/s: {found['p99_ms']:.1f} ms, {found['failed']} failed", flush=True)
+        found: dict[str, Any] = {}
+        if source:  # at the end: the same request again and again is a drift
+            found = loaded(url, name, source, seconds)
+            print(f"  p99 at 100 requests/s: {found['p99_ms']:.1f} ms, {found['failed']} failed", flush=True)
     lost = before[0] - before[1]
     found |= {
         "false_alarm": false_alarm, "alert": fired, "alert_rows": alert_rows if fired else None,
@@ -250,16 +285,20 @@ def parts(found: Mapping[str, Any], plan: Plan, folder: pathlib.Path, names: Seq
     marks = {"shift": found["shift_at"]}
     if found["alert"]:
         marks["alert"] = found["shift_at"] + found["alert_rows"]
+    by_chance = ", beyond chance" if plan.rule.startswith("shift") else ""
     level = float(plan.rule.split(">")[1].split()[0])
     rows = [
         ["as before", f"{found['clean_before']:.4f}", f"{found['clean_after']:.4f}"],
         ["shifted", f"{found['shifted_before']:.4f}", f"{found['shifted_after']:.4f}"],
     ]
     made = [
-        "<h2>Served</h2>",
-        f"<p>100 requests/s: p50 {found['p50_ms']:.1f} ms, p99 {found['p99_ms']:.1f} ms.</p>",
+        *(
+            ("<h2>Served</h2>", f"<p>100 requests/s: p50 {found['p50_ms']:.1f} ms, p99 {found['p99_ms']:.1f} ms.</p>")
+            if "p99_ms" in found
+            else ()
+        ),
         f"<h2>Shifted: {reports.escaped(plan.shift)}</h2>",
-        reports.lines({"drift (population stability index)": found["drift"]}, "rows", marks, (plan.rule, level)),
+        reports.lines({f"population stability index{by_chance}": found["drift"]}, "rows", marks, (plan.rule, level)),
         f"<h2>Learned: {reports.escaped(found['round'])}</h2><p>{reports.escaped(found['round_reason'])}</p>",
         reports.drawn_table(["requests", "before", "after"], rows),
     ]

@@ -17,7 +17,7 @@ from lepton_xla.conversion.huggingface import HuggingFace
 from lepton_xla.generation.texts import TextStream
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples" / "apps"
-PARTS = ("run", "training", "network", "words", "questions", "page", "reports")
+PARTS = ("run", "targets", "loop", "training", "network", "words", "questions", "page", "reports", "runs")
 
 pytest.importorskip("tokenizers")
 
@@ -125,6 +125,33 @@ def test_what_is_not_certain_enough_is_unknown(app, made):
         assert np.argmax(found, -1).tolist() == expected
 
 
+def test_the_reader_tells_the_kind_that_the_network_begins_with(app, made):
+    words, task = made
+    network, targets, training = app["network"], app["targets"], app["training"]
+    weights = dict(training.untrained(words, None, 0).program.weights) | {"threshold": np.float32(0.25)}
+    program = training.untrained(words, None, 0).program.replace(weights=weights)
+    reader = targets.reader(program, words)
+    asked = [*task.test[0][:6], "nothing of the kind at all " * 20]
+    found = np.asarray(jax.jit(reader.fn)(reader.weights, reader.converted({"text": asked})["tokens"])["kinds"])
+    tokens, lengths = app["words"].tokens_of(words, asked, training.LENGTH)
+    first, _ = jax.jit(network.steps(words)[1])(weights, tokens, lengths)
+    np.testing.assert_array_equal(found.argmax(-1), first.argmax(-1) - words.first)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+
+
+def test_before_a_kind_was_asked_about_nothing_else_is_missing(app):
+    questions, training = app["questions"], app["training"]
+    task = questions.made_up()
+    new = questions.new_kinds(task)
+    assert {task.kinds[kind] for kind in new} >= {"top_up_failed", "topping_up_by_card"}
+    assert len(new) == 10
+    before, rows = training.without(task, new)
+    assert set(before.train[1]) == set(range(77)) - set(new)
+    texts = training.texts_of(task)
+    assert [texts[row] for row in rows] == training.texts_of(before)
+    assert questions.new_kinds(questions.made_up(4)) == [3], "where nobody asks about that, the last kind is new"
+
+
 class Upstream(http.server.BaseHTTPRequestHandler):
     """A model's server that answers with two words and an end."""
 
@@ -213,6 +240,11 @@ def test_the_application_runs_and_its_page_talks(app, tmp_path, monkeypatch, req
     assert figures["no_known_reply"] == 0
     assert figures["weights_bytes"] < figures["weights_bytes_float"] / 3
     assert 0 < figures["first_p99_ms"] <= figures["p99_ms"]
+    assert (figures["false_alarm"], figures["alert"]) == (False, True)
+    assert figures["round"] == "promoted", figures["round_reason"]
+    assert figures["shifted_before"] < 0.5 < figures["shifted_after"]
+    assert figures["clean_after"] >= figures["clean_before"] - 0.1
+    assert figures["clean_windows_alert"] == 0
     assert json.loads((tmp_path / "summary.json").read_text())["service"]["accuracy"] == figures["accuracy"]
     task = app["questions"].made_up(6)
     with app["page"].running(tmp_path / "service" / "service.lepton") as page:

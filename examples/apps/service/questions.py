@@ -84,6 +84,12 @@ def made_up(kinds: int | None = None) -> Task:
     return _of(replies, rows[first:], rows[:first], "made-up questions", *_strangers())
 
 
+def new_kinds(task: Task) -> list[int]:
+    """Kinds that nobody asks about at first: those on topping up; the last one where there is none."""
+    found = [number for number, name in enumerate(task.kinds) if "top_up" in name or "topping_up" in name]
+    return found or [len(task.kinds) - 2]
+
+
 def _of(
     replies: Mapping[str, str],
     train: Sequence[tuple[str, str]],

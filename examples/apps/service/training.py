@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +80,20 @@ def loss_of(made: words.Words) -> Any:
     return loss
 
 
+def without(task: questions.Task, kinds: Sequence[int]) -> tuple[questions.Task, np.ndarray]:
+    """The task before anybody asked about these kinds, and which of `texts_of` are left."""
+    left = [row for row, kind in enumerate(task.train[1]) if kind not in kinds]
+    asked = [task.train[0][row] for row in left], [task.train[1][row] for row in left]
+    strangers = len(task.train[0]) + np.arange(len(task.strangers))
+    return dataclasses.replace(task, train=asked), np.concatenate([np.array(left, int), strangers])
+
+
+def held_out(task: questions.Task, random: np.random.Generator) -> list[np.ndarray]:
+    """Numbers of the training questions that are held out, and of the others."""
+    order = random.permutation(len(task.train[0]))
+    return np.split(order, [int(len(order) * VALIDATION)])
+
+
 def trained(
     made: words.Words, task: questions.Task, folder: pathlib.Path | None, states: Callable[[], np.ndarray], seed: int,
     steps: int, kept: pathlib.Path,
@@ -103,7 +118,7 @@ def _fitted(
     kinds = np.array([*task.train[1], *[made.kinds - 1] * len(task.strangers)], np.int32)
     tokens, lengths = words.tokens_of(made, texts_of(task), LENGTH)
     random = np.random.default_rng(seed)
-    held, used = np.split(random.permutation(len(task.train[0])), [int(len(task.train[0]) * VALIDATION)])
+    held, used = held_out(task, random)
     strange = len(task.train[0]) + random.integers(0, len(task.strangers), int(STRANGE * len(used)))
     used = np.concatenate([used, strange])
     rows: dict[str, np.ndarray] = {"tokens": tokens, "lengths": lengths, "kind": kinds}
