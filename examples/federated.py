@@ -130,7 +130,7 @@ def main() -> None:
     central = simulation([rows()], options)
     summary = {
         "accuracy": digits.evaluate(served)["accuracy"],
-        "loss": rounds[-1]["metrics"]["loss"],
+        "loss": rounds[-1]["metrics"].get("loss"),  # not with secure aggregation: the server learns a sum alone
         "simulated": simulated,
         "central": central,
         **({"step": step_of_secure_mean(options.clients)} if options.secure else {}),
@@ -139,9 +139,9 @@ def main() -> None:
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     for each in rounds:
         print(f"round {each['round']}: {each['clients']} clients, {each['bytes_up']:,} bytes, {each['seconds']:.0f} s")
-    print(f"accuracy {summary['accuracy']:.2%}, loss of the last round {summary['loss']:.5f}")
-    for name, found in (("simulated", simulated), ("all rows in one place", central)):
-        print(f"{name}: accuracy {found['accuracy']:.2%}, loss of the last round {found['loss']:.5f}")
+    for name, found in (("federated", summary), ("simulated", simulated), ("all rows in one place", central)):
+        loss = "" if found["loss"] is None else f", loss of the last round {found['loss']:.5f}"
+        print(f"{name}: accuracy {found['accuracy']:.2%}{loss}")
 
 
 if __name__ == "__main__":
