@@ -35,9 +35,7 @@ struct InFloat {
 constexpr CodesLayout kCodes = {kLanes, 4, 1, 128};
 struct OfCodes {
   static constexpr int kBytes = kCodes.bytes;
-  struct Sum {
-    __m512i total = _mm512_setzero_si512();
-  };
+  using Sum = Ints;  // a vector and no struct, of which GCC 12 keeps arrays in memory
   using Weights = __m512i;
   static Weights load_weights(const void* from) { return _mm512_loadu_si512(from); }
   static void add(Sum& sum, const uint8_t* x, const Weights& w) {
@@ -45,9 +43,8 @@ struct OfCodes {
     __builtin_memcpy(&four, x, 4);
     const __m512i factors = _mm512_set1_epi32(four);
     // Not `_mm512_dpbusd_epi32`, around which GCC 12 copies every sum in each step.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum.total) : "v"(factors), "v"(w));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(factors), "v"(w));
   }
-  static Ints total(const Sum& sum) { return (Ints)sum.total; }
 #else
 // Pairs of 16 bits, whose products fit into 32.
 constexpr CodesLayout kCodes = {kLanes, 2, 2, 0};
@@ -68,7 +65,6 @@ struct OfCodes {
     sum += low * pair[0] + high * pair[1];
 #endif
   }
-  static Ints total(const Sum& sum) { return sum; }
 #endif
   static Floats factor(const Convolution& p, int64_t example, int64_t column) {
     return p.row_scale[example] * load(p.scale + column);
@@ -78,7 +74,7 @@ struct OfCodes {
   }
   static Floats value(const Sum& sum, Ints offset, Floats factor, Floats bias) {
     typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));
-    const Ints exact = (Ints)((Unsigned32)total(sum) - (Unsigned32)offset);  // sums may wrap on the way
+    const Ints exact = (Ints)((Unsigned32)sum - (Unsigned32)offset);  // sums may wrap on the way
     return as_floats(exact) * factor + bias;
   }
 };
@@ -102,6 +98,24 @@ struct Rows {
     }
   }
 };
+
+// Finishes the sums from the AT-th on. Not a loop, since GCC keeps all sums in memory if it does not unroll one.
+template <class Op, int MR, int NR, int AT, bool kShort>
+__attribute__((always_inline)) inline void write(const Convolution& p, const Finish& finish, const Rows<Op>& rows,
+                                                 const typename Op::Sum (&sums)[MR][NR], int64_t pixel,
+                                                 int64_t column) {
+  constexpr int i = AT % MR, j = AT / MR;
+  const int64_t at = column + j * kLanes, to = (pixel + i) * p.window.o + at;
+  const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
+  const Floats value = Op::value(sums[i][j], Op::offset(p, at), Op::factor(p, rows.example[kShort ? 0 : i], at), bias);
+  if constexpr (kShort) {
+    finish.short_way(value, to, kLanes);
+  } else {
+    const int64_t left = p.window.o - at;
+    finish(value, to, static_cast<int>(left < kLanes ? left : kLanes));
+  }
+  if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1, kShort>(p, finish, rows, sums, pixel, column);
+}
 
 template <class Op, int MR, int NR>
 void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t column) {
@@ -129,27 +143,11 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
     }
   }
   const Finish finish(p);
-  const bool is_short = finish.is_short(), together = rows.example[0] == rows.example[MR - 1];
-#pragma GCC unroll 4
-  for (int j = 0; j < NR; ++j) {
-    const int64_t at = column + j * kLanes;
-    const int count = static_cast<int>(window.o - at < kLanes ? window.o - at : kLanes);
-    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
-    const Floats factor = Op::factor(p, rows.example[0], at);
-    const Ints offset = Op::offset(p, at);
-    const int64_t first = pixel * window.o + at, apart = window.o;
-    if (is_short && together && count == kLanes) {
-#pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i)
-        finish.short_way(Op::value(sums[i][j], offset, factor, bias), first + i * apart, kLanes);
-      continue;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const Floats own = together ? factor : Op::factor(p, rows.example[i], at);
-      finish(Op::value(sums[i][j], offset, own, bias), first + i * apart, count);
-    }
-  }
+  const bool whole = column + NR * kLanes <= window.o, together = rows.example[0] == rows.example[MR - 1];
+  if (finish.is_short() && whole && together)
+    write<Op, MR, NR, 0, true>(p, finish, rows, sums, pixel, column);
+  else
+    write<Op, MR, NR, 0, false>(p, finish, rows, sums, pixel, column);
 }
 
 template <class Op, int NR>
