@@ -298,7 +298,7 @@ def serve(
     from lepton_xla.serve.app.options import Options
     from lepton_xla.serve.http.files import make_room
     from lepton_xla.serve.observe.logs import configure
-    from lepton_xla.serve.runtime import leave, run_on_calling_thread
+    from lepton_xla.serve.runtime import keep_memory, leave, run_on_calling_thread
 
     # Ignored until the server's own handler (reload files) is installed: an early SIGHUP must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -338,6 +338,8 @@ def serve(
         )  # fmt: skip
         finished = processes.run(on_ready=announce)
     else:
+        if options.memory is None:
+            keep_memory()
         run_on_calling_thread()
         if repository:
             from lepton_xla.serve.server import Server

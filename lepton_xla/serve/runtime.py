@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -13,6 +14,25 @@ from lepton_xla.serve.priorities import come_first
 # How long a thread holds the interpreter while another asks for it. At Python's own 5 ms, an event loop that is never
 # idle keeps the engine's thread waiting so long before and after each batch: the model stands still under overload.
 _SWITCH_S = 2e-4
+# Parameters of glibc's `mallopt`.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+def keep_memory() -> bool:
+    """Has the allocator keep what is freed, for what is allocated next, until `trimming.trim`; tells whether it does.
+
+    glibc maps memory of more than 32 MB anew each time, as XLA asks for it for each batch of images, and each of its
+    pages then costs a fault. Nothing changes where there is another allocator, or the environment has settings for it.
+    """
+    asked = any(name.startswith("MALLOC_") for name in os.environ)
+    if asked or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    # One arena: others have heaps that are too small for such memory, and are unmapped once they are empty.
+    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+    return all(library.mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
 def run_on_calling_thread() -> None:

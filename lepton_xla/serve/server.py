@@ -101,7 +101,8 @@ class Server:
         self._repository = "" if repository is None or "://" in os.fsdecode(repository) else os.fsdecode(repository)
         if repository is not None:
             loader = ArtifactLoader(self.options, self.metrics, self._open, self.devices)
-            self._host, self._records = Host(self.models, loader, self.metrics), Records(self.options.audit_log)
+            self._host = Host(self.models, loader, self.metrics, trims=self.options.memory is None)
+            self._records = Records(self.options.audit_log)
             self._manager = Manager(
                 open_repository(repository), self._host,
                 explicit=self.options.explicit or self.options.memory is not None,

@@ -16,6 +16,7 @@ from lepton_xla.serve.batching.scheduler import Scheduler
 from lepton_xla.serve.models.changes import Change, Source
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.models.trimming import Trimmer
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.priorities import step_back
 
@@ -54,12 +55,14 @@ class Host[T]:
         models: what answers requests.
         loader: makes handles.
         metrics: counts what was loaded and what could not be.
+        trims: whether what was freed is given back to the system, where the allocator may keep it.
 
     Attributes:
         loading: number of versions that are being loaded.
     """
 
-    def __init__(self, models: Registry, loader: Loader[T], metrics: ServerMetrics) -> None:
+    def __init__(self, models: Registry, loader: Loader[T], metrics: ServerMetrics, *, trims: bool = False) -> None:
+        self._trimmer = Trimmer() if trims else None
         self._metrics = metrics
         self.loading = 0
         self._models = models
@@ -141,6 +144,9 @@ class Host[T]:
             await asyncio.get_running_loop().run_in_executor(self._freeing, scheduler.free)
         except RuntimeError:  # the server is closed
             scheduler.free()
+            return
+        if self._trimmer is not None:
+            await self._trimmer.trim()
 
 
 def _watched(handle: ModelHandle) -> tuple[asyncio.Future[None], str, str, Scheduler]:

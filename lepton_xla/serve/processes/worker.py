@@ -40,7 +40,7 @@ from lepton_xla.serve.processes.on_demand import OnDemand
 from lepton_xla.serve.processes.packets import close_all
 from lepton_xla.serve.protocol.monitoring import RightAnswers
 from lepton_xla.serve.protocol.signature import signature_of
-from lepton_xla.serve.runtime import count_on_cores, leave, run_on_calling_thread, settle
+from lepton_xla.serve.runtime import count_on_cores, keep_memory, leave, run_on_calling_thread, settle
 from lepton_xla.serve.server import open_model, sample_writer
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -314,6 +314,8 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
     from lepton_xla.compiler import load
 
     cores = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+    if settings.options.memory is None:
+        keep_memory()
     run_on_calling_thread()
     count_on_cores(cores)
     check_device()
@@ -339,7 +341,8 @@ async def _main(settings: control.Settings, end: socket.socket) -> bool:
         models.put(handle)
         name, digest = signature.name, servable.manifest.sha256
     else:
-        host = Host(models, ArtifactLoader(settings.options, metrics, make, devices), metrics)
+        loader = ArtifactLoader(settings.options, metrics, make, devices)
+        host = Host(models, loader, metrics, trims=settings.options.memory is None)
     worker = Worker(settings, metrics, models, host, end, asyncio.get_running_loop())
     finished = False
     try:
