@@ -276,7 +276,7 @@ def page(result: Mapping[str, Any]) -> str:
             "the kernel drops those, and reads them again, when the limit is reached, so only the process's own part "
             "has to fit. The process's peak counts all that it has mapped. `here` loads compiled code; `elsewhere` "
             "first compiles the portable program, as a device of another kind does the first time. None of the "
-            "environment's files is in memory before."
+            "environment's files is in memory before. A server that has not answered after a minute is too slow."
         ),
         tables(result, result["limit"]),
         harness.provenance(result["run"]),
