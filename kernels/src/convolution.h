@@ -84,6 +84,9 @@ struct DepthwiseVariant;
 struct ConvolutionVariant {
   const char* name;
   CodesLayout codes;
+  // Fewer multiplications than these, of floats and of codes, are not worth waking another thread for: some 40
+  // microseconds.
+  double float_products, code_products;
   ConvolutionPart *in_float, *of_codes;
   DepthwisePart* depthwise;
   LargestPart* largest;

@@ -30,10 +30,10 @@ const ConvolutionVariant& chosen() {
                         [&](const ConvolutionVariant* each) { return std::strcmp(each->name, name) == 0; });
 }
 
-// Fewer multiplications than this are not worth waking another thread for.
-constexpr double kWorthAThread = 1 << 18;
-// Values that are only moved or compared.
-constexpr int64_t kWorthMoving = 1 << 15;
+// Multiplications of a part, if a product is cut at all, and those of depthwise ones that are.
+constexpr double kPart = 1 << 18;
+// Values of a part that are only moved or compared, and fewer than are worth waking another thread for.
+constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 18;
 // What reads whole lanes may read this far beyond the last element.
 constexpr int64_t kBeyond = 64;
 
@@ -100,16 +100,17 @@ ffi::Error epilogue_of(ffi::BufferR1<ffi::F32>& bias, ffi::AnyBuffer& residual, 
 // Cuts the result of a dense convolution into parts, which read the least of weights and image again. Before pixels are
 // read, `prepare(pixel, pixel_end)` is called.
 template <typename Prepare>
-void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, ConvolutionPart* part, const Convolution& p,
+void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, bool codes, const Convolution& p,
               const Prepare& prepare) {
+  ConvolutionPart* const part = codes ? variant.of_codes : variant.in_float;
   const Window& w = p.window;
   const int64_t pixels = w.pixels(), threads = std::max<int64_t>(1, pool.num_threads());
   const double products = static_cast<double>(pixels) * w.terms() * w.o;
-  if (products < 2 * kWorthAThread || threads == 1) {
+  if (products < (codes ? variant.code_products : variant.float_products) || threads == 1) {
     prepare(0, pixels);
     return part(p, 0, pixels, 0, p.stride);
   }
-  const int64_t wanted = std::min<int64_t>(4 * threads, static_cast<int64_t>(products / kWorthAThread));
+  const int64_t wanted = std::min<int64_t>(4 * threads, static_cast<int64_t>(products / kPart));
   const int64_t lanes = variant.codes.lanes, vectors = p.stride / lanes;
   if (pixels < 256 && vectors >= wanted) {
     prepare(0, pixels);
@@ -130,8 +131,9 @@ void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, Convolut
 template <typename Copy>
 void pad(ffi::ThreadPool& pool, const Window& w, int64_t bytes, int zero, void* to, const Copy& copy) {
   const int64_t row_bytes = w.padded_w() * w.c * bytes, rows = w.n * w.padded_h();
-  const int64_t some = std::max<int64_t>(1, kWorthMoving / std::max<int64_t>(1, w.padded_w() * w.c));
-  run(pool, rows >= 2 * some, (rows + some - 1) / some, [&](int64_t part) {
+  const int64_t row_values = std::max<int64_t>(1, w.padded_w() * w.c);
+  const int64_t some = std::max<int64_t>(1, kMovedPart / row_values);
+  run(pool, rows * row_values >= kWorthMoving, (rows + some - 1) / some, [&](int64_t part) {
     for (int64_t row = part * some; row < std::min(rows, (part + 1) * some); ++row) {
       uint8_t* at = static_cast<uint8_t*>(to) + row * row_bytes;
       const int64_t y = row % w.padded_h() - w.top;
@@ -188,7 +190,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
     const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
     const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
     const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
-    run(pool, products >= kWorthAThread / 2, (all + some - 1) / some,
+    run(pool, products >= kPart / 2, (all + some - 1) / some,
         [&](int64_t part) { variant.depthwise(p, part * some, std::min(all, part * some + some)); });
     return ffi::Error::Success();
   }
@@ -199,7 +201,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
         [&](int64_t row, void* to) { std::memcpy(to, x.typed_data() + row * w.w * w.c, w.w * w.c * 4); });
     p.x = padded.get();
   }
-  multiply(pool, variant, variant.in_float, p, [](int64_t, int64_t) {});
+  multiply(pool, variant, false, p, [](int64_t, int64_t) {});
   return ffi::Error::Success();
 }
 
@@ -225,10 +227,10 @@ ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& var
   std::memset(zeros.get(), 128, p.stride);
   Scratch rounded;
   if (x != nullptr) {
-    const int64_t line = w.w * w.c, lines = w.n * w.h, some = std::max<int64_t>(1, kWorthMoving / line);
+    const int64_t line = w.w * w.c, lines = w.n * w.h, some = std::max<int64_t>(1, kMovedPart / line);
     rounded = scratch(lines * line);
     if (rounded == nullptr) return no_memory();
-    run(pool, lines >= 2 * some, (lines + some - 1) / some, [&](int64_t part) {
+    run(pool, lines * line >= kWorthMoving, (lines + some - 1) / some, [&](int64_t part) {
       for (int64_t at = part * some; at < std::min(lines, (part + 1) * some); ++at)
         variant.round(x + at * line, line, code_scale(p.row_scale[at / w.h]),
                       static_cast<uint8_t*>(rounded.get()) + at * line);
@@ -238,7 +240,7 @@ ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& var
   const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
   const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
   const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
-  run(pool, products >= kWorthAThread / 2, (all + some - 1) / some, [&](int64_t part) {
+  run(pool, products >= kPart / 2, (all + some - 1) / some, [&](int64_t part) {
     variant.rows(p, static_cast<const uint8_t*>(zeros.get()), part * some, std::min(all, part * some + some));
   });
   return ffi::Error::Success();
@@ -251,7 +253,7 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
   const CodesLayout& layout = variant.codes;
   if (bytes != nullptr && layout.bytes == 1 && !w.is_padded() && w.run_length() % layout.terms == 0) {
     p.x = bytes;  // as the products read it
-    multiply(pool, variant, variant.of_codes, p, [](int64_t, int64_t) {});
+    multiply(pool, variant, true, p, [](int64_t, int64_t) {});
     return ffi::Error::Success();
   }
   const Scratch rounded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * layout.bytes);
@@ -265,7 +267,7 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
   };
   if (w.k_h == 1 && w.k_w == 1 && w.stride_h == 1 && w.stride_w == 1 && !w.is_padded()) {
     // Pixels are read once, by the part that rounds them.
-    multiply(pool, variant, variant.of_codes, p, [&](int64_t pixel, int64_t end) {
+    multiply(pool, variant, true, p, [&](int64_t pixel, int64_t end) {
       while (pixel < end) {
         const int64_t example = pixel / (w.h * w.w), stop = std::min(end, (example + 1) * w.h * w.w);
         convert(pixel * w.c, (stop - pixel) * w.c, example,
@@ -277,7 +279,7 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
   }
   pad(pool, w, layout.bytes, layout.zero, rounded.get(),
       [&](int64_t row, void* to) { convert(row * w.w * w.c, w.w * w.c, row / w.h, to); });
-  multiply(pool, variant, variant.of_codes, p, [](int64_t, int64_t) {});
+  multiply(pool, variant, true, p, [](int64_t, int64_t) {});
   return ffi::Error::Success();
 }
 
@@ -329,10 +331,10 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
 
   // The scales of the examples, and at the same time the weights, if they are to be packed.
   const int64_t packed_rows = depthwise ? w.k_h * w.k_w : w.runs() * p.steps, vectors = p.stride / lanes;
-  const int64_t pieces = dynamic ? std::max<int64_t>(1, (image + kWorthMoving - 1) / kWorthMoving) : 0;
+  const int64_t pieces = dynamic ? std::max<int64_t>(1, (image + kMovedPart - 1) / kMovedPart) : 0;
   const int64_t at_once =
       depthwise ? vectors
-                : std::max<int64_t>(1, std::min(vectors, kWorthMoving / std::max<int64_t>(1, packed_rows * lanes)));
+                : std::max<int64_t>(1, std::min(vectors, kMovedPart / std::max<int64_t>(1, packed_rows * lanes)));
   const Scratch found = scratch(std::max<int64_t>(1, pieces * w.n) * 4);
   if (found == nullptr) return no_memory();
   int32_t* const most = static_cast<int32_t*>(found.get());
@@ -349,7 +351,8 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   if (packed == nullptr) return no_memory();
   int32_t* const offset = reinterpret_cast<int32_t*>(packed + weight_bytes);
   const int64_t packs = packs_here ? (vectors + at_once - 1) / at_once : 0;
-  run(pool, pieces * w.n + packs > 2, pieces * w.n + packs, [&](int64_t part) {
+  const int64_t moved = (dynamic ? w.n * image : 0) + (packs_here ? static_cast<int64_t>(codes.element_count()) : 0);
+  run(pool, moved >= kWorthMoving, pieces * w.n + packs, [&](int64_t part) {
     if (part < packs && depthwise)
       return pack_depthwise(w, codes.typed_data(), p.stride, reinterpret_cast<int32_t*>(packed), offset);
     if (part < packs) {
@@ -358,8 +361,8 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
       return;
     }
     part -= packs;
-    const int64_t from = part % pieces * kWorthMoving;
-    most[part] = variant.largest(floats + part / pieces * image + from, std::min(kWorthMoving, image - from));
+    const int64_t from = part % pieces * kMovedPart;
+    most[part] = variant.largest(floats + part / pieces * image + from, std::min(kMovedPart, image - from));
   });
   if (fill) kept->filled(0);
   for (int64_t example = 0; example < w.n; ++example) {

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -375,3 +376,28 @@ def digest():
 def test_the_number_of_threads_changes_nothing(kernels):
     limited = [sys.executable, "-c", ON_ONE_CORE.format(here=here(), module="test_convolution")]
     assert subprocess.run(limited, capture_output=True, text=True, check=True).stdout.strip() == digest()
+
+
+def wakes():
+    """How often the threads of XLA's pool have gone to sleep so far."""
+    count = 0
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        fields = dict(line.split(":\t") for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        if fields["Name"].startswith("tf_XLAEigen"):
+            count += int(fields["voluntary_ctxt_switches"])
+    return count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("codes", [False, True], ids=["float", "codes"])
+def test_what_takes_microseconds_wakes_no_thread(kernels, codes):
+    geometry = Geometry((3, 3), (1, 1), padding=((1, 1), (1, 1)))
+    weight = stored(288, 64) if codes else jnp.asarray(array(3, 3, 32, 64))
+    convolve = convolution.convolve_codes if codes else convolution.convolve
+    compute = jax.jit(lambda x, weight: convolve(x, weight, geometry))
+    x = jnp.asarray(array(1, 8, 8, 32))
+    compute(x, weight).block_until_ready()
+    before = wakes()
+    for _ in range(200):
+        compute(x, weight).block_until_ready()
+    assert wakes() - before < 40  # of threads that were about to sleep

@@ -72,12 +72,18 @@ def test_activations_everywhere(variants, activation):
     values = values.astype(np.float32)
     bias = jnp.asarray(np.concatenate([values, np.float32([np.nan, np.inf])]))
     weight = quantize(jnp.zeros((4, bias.size), jnp.float32), "int8")
+    by_columns = weight.by_columns()
     with np.errstate(over="ignore"):
         exact = EXACT[activation](values.astype(np.float64))
     for _ in variants():
         got = np.asarray(multiplied("int8", np.ones((1, 4), np.float32), weight, Epilogue(bias, activation)))[0]
         np.testing.assert_allclose(got[:-2], exact, rtol=2e-6, atol=3e-6)
         assert np.isnan(got[-2])
+        # Tiles of several rows, and of what is left of them.
+        rows = np.asarray(multiplied("int8 x int8", np.ones((20, 4), np.float32), by_columns, Epilogue(bias, activation)))
+        np.testing.assert_allclose(rows[0, :-2], exact, rtol=2e-6, atol=3e-6)
+        np.testing.assert_array_equal(rows, np.broadcast_to(rows[0], rows.shape))
+        assert np.isnan(rows[0, -2])
         assert got[-1] == np.inf
         if activation:
             assert np.all(got[:-2][values < -20] == 0)
