@@ -80,7 +80,9 @@ def test_activations_everywhere(variants, activation):
         np.testing.assert_allclose(got[:-2], exact, rtol=2e-6, atol=3e-6)
         assert np.isnan(got[-2])
         # Tiles of several rows, and of what is left of them.
-        rows = np.asarray(multiplied("int8 x int8", np.ones((20, 4), np.float32), by_columns, Epilogue(bias, activation)))
+        rows = np.asarray(
+            multiplied("int8 x int8", np.ones((20, 4), np.float32), by_columns, Epilogue(bias, activation))
+        )
         np.testing.assert_allclose(rows[0, :-2], exact, rtol=2e-6, atol=3e-6)
         np.testing.assert_array_equal(rows, np.broadcast_to(rows[0], rows.shape))
         assert np.isnan(rows[0, -2])
