@@ -289,11 +289,11 @@ void round(const float* x, int64_t count, float scale, void* to) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16) {
-    const __m128i shifted = _mm_xor_si128(codes_of(x + i, scale), _mm_set1_epi8(static_cast<char>(kCodes.zero)));
+    const __m128i shifted = _mm_xor_si128(codes_of(load(x + i), scale), _mm_set1_epi8(static_cast<char>(kCodes.zero)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), shifted);
   }
 #elif defined(__AVX2__)
-  for (; i + 8 <= count; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), codes_of(x + i, scale));
+  for (; i + 8 <= count; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), codes_of(load(x + i), scale));
 #endif
   for (; i < count; ++i) codes[i] = static_cast<Code>(code(x[i], scale) + kCodes.zero);
 }

@@ -82,51 +82,39 @@ inline Floats rounded(Floats value) {
 }
 
 // Writes a tile from its sums, with what follows the product: read again from y it would wait until it is written.
-template <bool plain, Activation kind>
-void write_tile(const IntegerProduct& p, const Columns& columns, const __m512i* sums, int64_t row, int64_t row_end,
-                int64_t column) {
-  const Epilogue& e = p.epilogue;
-  Floats bias[kVectors] = {};
-  if (!plain && e.bias != nullptr)
-    for (int v = 0; v < kVectors; ++v)
-      bias[v] = (Floats)_mm512_maskz_loadu_ps(columns.inside[v], e.bias + column + v * kLanes);
-  for (; row < row_end; ++row, sums += kVectors) {
-    const __m512 scale = _mm512_set1_ps(p.row_scale[row]);
-    float* const y = p.y + row * p.n + column;
-    const float* const added = plain || e.residual == nullptr ? nullptr : e.residual + row * p.n + column;
+template <int MR, bool plain, Activation kind>
+inline void write_tile(const IntegerProduct& p, const Columns& columns, const __m512i (&sums)[MR][kVectors],
+                       int64_t row, int64_t column) {
+  const float* const bias = plain || p.epilogue.bias == nullptr ? nullptr : p.epilogue.bias + column;
+#pragma GCC unroll 6
+  for (int i = 0; i < MR; ++i) {
+    const __m512 scale = _mm512_set1_ps(p.row_scale[row + i]);
+    const int64_t at = (row + i) * p.n + column;
+    const float* const added = plain || p.epilogue.residual == nullptr ? nullptr : p.epilogue.residual + at;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + v), columns.offset[v]));
+      const __mmask16 inside = columns.inside[v];
+      const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[i][v], columns.offset[v]));
       Floats value = (Floats)_mm512_mul_ps(total, _mm512_mul_ps(scale, columns.scale[v]));
       if constexpr (!plain) {
-        value = rounded(activate<kind>(rounded(value) + bias[v]));
-        if (added != nullptr) value += (Floats)_mm512_maskz_loadu_ps(columns.inside[v], added + v * kLanes);
+        value = rounded(value);
+        if (bias != nullptr) value += (Floats)_mm512_maskz_loadu_ps(inside, bias + v * kLanes);
+        value = rounded(activate<kind>(value));
+        if (added != nullptr) value += (Floats)_mm512_maskz_loadu_ps(inside, added + v * kLanes);
       }
       // Where all lanes count without a mask, which takes longer.
-      if (columns.inside[v] == 0xffff)
-        _mm512_storeu_ps(y + v * kLanes, (__m512)value);
+      if (inside == 0xffff)
+        _mm512_storeu_ps(p.y + at + v * kLanes, (__m512)value);
       else
-        _mm512_mask_storeu_ps(y + v * kLanes, columns.inside[v], (__m512)value);
+        _mm512_mask_storeu_ps(p.y + at + v * kLanes, inside, (__m512)value);
     }
   }
 }
 
-using WriteTile = decltype(write_tile<true, Activation::kNone>);
-
-WriteTile* writer(const Epilogue& e) {
-  if (e.empty()) return write_tile<true, Activation::kNone>;
-  switch (e.activation) {
-    case Activation::kReLU: return write_tile<false, Activation::kReLU>;
-    case Activation::kSiLU: return write_tile<false, Activation::kSiLU>;
-    case Activation::kGELU: return write_tile<false, Activation::kGELU>;
-    case Activation::kGELUTanh: return write_tile<false, Activation::kGELUTanh>;
-    default: return write_tile<false, Activation::kNone>;
-  }
-}
-
-// Sums of a tile. Meanwhile fetches a few lines of `next` in each step.
-template <int MR>
-void tile(const IntegerProduct& p, const int8_t* w, int64_t row, __m512i* to, const int8_t* next, int lines) {
+// Meanwhile fetches a few lines of `next` in each step.
+template <int MR, bool plain, Activation kind>
+void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int64_t row, int64_t column,
+          const int8_t* next, int lines) {
   __m512i sums[MR][kVectors];
 #pragma GCC unroll 6
   for (int i = 0; i < MR; ++i)
@@ -148,14 +136,12 @@ void tile(const IntegerProduct& p, const int8_t* w, int64_t row, __m512i* to, co
       for (int v = 0; v < kVectors; ++v) add(sums[i][v], left, codes[v]);
     }
   }
-#pragma GCC unroll 6
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) _mm512_store_si512(to + i * kVectors + v, sums[i][v]);
+  write_tile<MR, plain, kind>(p, columns, sums, row, column);
 }
 
 // One panel. While its first tiles are computed, the next one is fetched: weights are seldom in a cache that is near, and
 // the columns of one that is to be packed are too many streams for the processor to foresee.
+template <bool plain, Activation kind>
 void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, bool last, int8_t* scratch) {
   const int64_t steps = (p.k + kStep - 1) / kStep;
   const int8_t* const packed = packed_panel(p, column, scratch, pack);
@@ -174,22 +160,32 @@ void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
   const int share = static_cast<int>(tiles < kStep ? (kStep + tiles - 1) / tiles : 1);
   const int8_t* next = packed == scratch ? p.codes + column_end * p.k : packed + p.panel_bytes();
   int64_t missing = last ? 0 : (p.n - column_end < kColumns ? p.n - column_end : kColumns) * p.k / 64;
-  WriteTile* const write = writer(p.epilogue);
   for (; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
     const int lines = missing > 0 ? share : 0;
-    __m512i sums[kRows * kVectors];
     switch (rows) {
-      case 1: tile<1>(p, packed, row, sums, next, lines); break;
-      case 2: tile<2>(p, packed, row, sums, next, lines); break;
-      case 3: tile<3>(p, packed, row, sums, next, lines); break;
-      case 4: tile<4>(p, packed, row, sums, next, lines); break;
-      case 5: tile<5>(p, packed, row, sums, next, lines); break;
-      default: tile<kRows>(p, packed, row, sums, next, lines);
+      case 1: tile<1, plain, kind>(p, columns, packed, row, column, next, lines); break;
+      case 2: tile<2, plain, kind>(p, columns, packed, row, column, next, lines); break;
+      case 3: tile<3, plain, kind>(p, columns, packed, row, column, next, lines); break;
+      case 4: tile<4, plain, kind>(p, columns, packed, row, column, next, lines); break;
+      case 5: tile<5, plain, kind>(p, columns, packed, row, column, next, lines); break;
+      default: tile<kRows, plain, kind>(p, columns, packed, row, column, next, lines);
     }
     next += lines * steps * 64;
     missing -= lines * steps;
-    write(p, columns, sums, row, row + rows, column);
+  }
+}
+
+using Panel = decltype(panel<true, Activation::kNone>);
+
+Panel* panel_with(const Epilogue& e) {
+  if (e.empty()) return panel<true, Activation::kNone>;
+  switch (e.activation) {
+    case Activation::kReLU: return panel<false, Activation::kReLU>;
+    case Activation::kSiLU: return panel<false, Activation::kSiLU>;
+    case Activation::kGELU: return panel<false, Activation::kGELU>;
+    case Activation::kGELUTanh: return panel<false, Activation::kGELUTanh>;
+    default: return panel<false, Activation::kNone>;
   }
 }
 
@@ -197,6 +193,7 @@ void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
 
 void integer_panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end,
                    int8_t* scratch) {
+  Panel* const panel = panel_with(p.epilogue);
   for (; column < column_end; column += IntegerProduct::kPanelColumns)
     panel(p, row, row_end, column, column + IntegerProduct::kPanelColumns >= column_end, scratch);
 }

@@ -82,49 +82,21 @@ inline void reduce(const Sum* sums, int32_t* to) {
 }
 #endif
 
-void round_values(const float* x, int64_t k, float scale, uint8_t* to) {
+template <bool factors>
+void round_values(const float* x, const float* factor, int64_t k, float scale, uint8_t* to) {
   int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + kLanes <= k; i += kLanes) {
+    const __m128i codes = codes_of(factors ? load(x + i) * load(factor + i) : load(x + i), scale);
 #if defined(__AVX512F__)
-  for (; i + 16 <= k; i += 16) {
-    const __m128i shifted = _mm_xor_si128(codes_of(x + i, scale), _mm_set1_epi8(static_cast<char>(kOffset)));
+    const __m128i shifted = _mm_xor_si128(codes, _mm_set1_epi8(static_cast<char>(kOffset)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), shifted);
-  }
-#elif defined(__AVX2__)
-  for (; i + 8 <= k; i += 8) {
-    const __m128i words = codes_of(x + i, scale);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_packs_epi16(words, words));
+#else
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i), _mm_packs_epi16(codes, codes));
+#endif
   }
 #endif
-  for (; i < k; ++i) to[i] = static_cast<uint8_t>(code(x[i], scale) + kOffset);
-}
-
-// Calls use(values, begin, count) with parts of a row, multiplied by the factor.
-template <typename Use>
-void multiplied(const float* x, const float* factor, int64_t k, const Use& use) {
-  constexpr int64_t kPart = 256;
-  float values[kPart];
-  for (int64_t begin = 0; begin < k; begin += kPart) {
-    const int64_t count = k - begin < kPart ? k - begin : kPart;
-    for (int64_t i = 0; i < count; ++i) values[i] = x[begin + i] * factor[begin + i];
-    use(values, begin, count);
-  }
-}
-
-int32_t largest_of_row(const IntegerProduct& p, const float* x) {
-  if (p.factor == nullptr) return largest_bits(x, p.k);
-  int32_t most = 0;
-  multiplied(x, p.factor, p.k, [&](const float* values, int64_t, int64_t count) {
-    const int32_t found = largest_bits(values, count);
-    most = found > most ? found : most;
-  });
-  return most;
-}
-
-void round_row(const IntegerProduct& p, const float* x, float scale, uint8_t* to) {
-  if (p.factor == nullptr) return round_values(x, p.k, scale, to);
-  multiplied(x, p.factor, p.k, [&](const float* values, int64_t begin, int64_t count) {
-    round_values(values, count, scale, to + begin);
-  });
+  for (; i < k; ++i) to[i] = static_cast<uint8_t>(code(factors ? x[i] * factor[i] : x[i], scale) + kOffset);
 }
 
 // A few columns of codes: their full steps, and a copy of what is left, filled up with zeros.
@@ -217,10 +189,17 @@ void round_rows(const IntegerProduct& p, int64_t row, int64_t row_end) {
   const int64_t depth = p.padded_depth();
   for (; row < row_end; ++row) {
     const float* from = p.x + row * p.k;
-    const float scale = p.static_scale != nullptr ? *p.static_scale : int8_scale(largest_of_row(p, from));
+    const bool factors = p.factor != nullptr;
+    const auto largest = [&] {
+      return factors ? largest_bits<true>(from, p.factor, p.k) : largest_bits<false>(from, nullptr, p.k);
+    };
+    const float scale = p.static_scale != nullptr ? *p.static_scale : int8_scale(largest());
     p.row_scale[row] = scale;
     uint8_t* to = p.rounded + row * depth;
-    round_row(p, from, scale, to);
+    if (factors)
+      round_values<true>(from, p.factor, p.k, scale, to);
+    else
+      round_values<false>(from, nullptr, p.k, scale, to);
     for (int64_t k = p.k; k < depth; ++k) to[k] = kOffset;
   }
 }
