@@ -63,10 +63,11 @@ def preset(name, **changes):
     return msgspec.structs.replace(Recipe.load(name), **changes)
 
 
-# What each preset does, given data to calibrate on; without, what needs it is left out.
+# What each preset does, given data to calibrate on; without, what needs it is left out, but for calibration itself.
 PASSES = {
     "float": ["fold"],
     "int8": ["fold", "smoothquant", "gptq", "quantize"],
+    "int8-static": ["fold", "calibrate", "quantize"],
     "int8-weight-only": ["fold", "gptq", "quantize"],
     "int4-weight-only": ["fold", "gptq", "quantize"],
     "int4-channel-weight-only": ["fold", "gptq", "quantize"],
@@ -88,6 +89,7 @@ LOSS = {
     "prune50": 1e-6,
     "shrink50": 1e-6,
     "int8": 0.05,
+    "int8-static": 0.08,
     "int8-weight-only": 0.05,
     "int8-prune50": 0.05,
     "int8-shrink50": 0.05,
@@ -136,7 +138,8 @@ def left_in_float(net):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_preset_end_to_end(net, images, left_in_float, name):
-    small = optimize(net, preset(name, measure=False))
+    data = [{"image": images}] if "calibrate" in PASSES[name] else None
+    small = optimize(net, preset(name, measure=False), calibration=data)
     done = [report.name for report in small.history]
     assert [pass_ for pass_ in done if pass_ != "skipped"] == [
         pass_ for pass_ in PASSES[name] if pass_ not in NEEDS_DATA
