@@ -174,14 +174,19 @@ def program_text(exported: jax.export.Exported) -> str:
         return str(ir.Module.parse(exported.mlir_module()).operation.get_asm(enable_debug_info=False))
 
 
+_WITHOUT_COMPOSITES = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"
+
+
 def module_for_others(exported: jax.export.Exported, version: str) -> bytes:
     """The StableHLO of an exported program for tools of an older StableHLO, without JAX's checks of symbolic sizes.
+
+    Composite operations become what they stand for: TensorFlow cannot find the shapes of one with two symbolic sizes.
 
     Raises:
         ValueError: if that version has not all of its operations.
     """
     from jax.interpreters import mlir
-    from jaxlib.mlir import ir
+    from jaxlib.mlir import ir, passmanager
     from jaxlib.mlir.dialects import stablehlo
 
     checks: list[Any] = []
@@ -198,6 +203,8 @@ def module_for_others(exported: jax.export.Exported, version: str) -> bytes:
         module.operation.walk(visit)
         for check in checks:
             check.erase()
+        stablehlo.register_stablehlo_passes()
+        passmanager.PassManager.parse(_WITHOUT_COMPOSITES).run(module.operation)
         return bytes(stablehlo.serialize_portable_artifact(module, version))
 
 

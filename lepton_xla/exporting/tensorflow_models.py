@@ -30,7 +30,11 @@ def write_saved_model(model: PortableModel, path: pathlib.Path) -> Any:
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         signature = tf.saved_model.load(str(path)).signatures[_SIGNATURE]
-        outputs = signature(**{name: tf.constant(array) for name, array in inputs.items()})
+        try:
+            outputs = signature(**{name: tf.constant(array) for name, array in inputs.items()})
+        except tf.errors.OpError as error:
+            name = model.servable.name
+            raise UnsupportedError(f"saved-model: TensorFlow cannot run {name!r}: {first_line(error)}") from error
         return {name: np.asarray(array.numpy()) for name, array in outputs.items()}
 
     return run

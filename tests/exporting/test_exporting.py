@@ -13,9 +13,12 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from jax.interpreters import mlir
+from jaxlib.mlir.dialects import stablehlo as dialects
 
 import lepton_xla as lx
 from lepton_xla.cli import main
+from lepton_xla.compiler import _xla
 from lepton_xla.compiler.manifest import manifest_to_json
 from lepton_xla.compiler.opening import read_manifest
 from lepton_xla.compiler.storage import Store
@@ -158,6 +161,16 @@ def test_the_command_prints_differences(folder, tmp_path):
     again = run(*arguments)
     assert (again.exit_code, "exists" in again.stderr) == (2, True)
     assert "largest difference" in run(*arguments, "--overwrite").stdout
+
+
+def test_other_frameworks_get_no_composite_operations():
+    sizes = jax.export.symbolic_shape("batch, length")
+    gelu = jax.jit(lambda x: jax.nn.gelu(x, approximate=False))
+    exported = jax.export.export(gelu, platforms=["cpu"])(jax.ShapeDtypeStruct((*sizes, 4), "float32"))
+    assert "stablehlo.composite" in exported.mlir_module()
+    with mlir.make_ir_context() as context:
+        code = _xla.module_for_others(exported, "1.13.0")
+        assert "stablehlo.composite" not in str(dialects.deserialize_portable_artifact(context, code))
 
 
 @pytest.mark.slow
