@@ -33,8 +33,9 @@ _NOTABLE = {
     "avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512_bf16": "AVX-512 VNNI",
     "amx_int8": "AMX",
 }  # fmt: skip
-# Shortest turn; it amortizes the clock.
-_TURN_S = 2e-3
+# Shortest turn; it amortizes the clock. Before it, a pause: threads of some libraries spin for a while after a call, so
+# whoever comes next would have a core less.
+_TURN_S, _PAUSE_S = 2e-3, 20e-3
 
 
 def interleave(
@@ -42,7 +43,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time calls in turn, so that a slow moment of a shared machine affects all of them.
 
-    Each turn starts with an untimed call, which warms up caches and thread pools again.
+    Each turn starts with a pause, in which the threads of the one before come to rest, and an untimed call, which warms
+    up caches and thread pools again.
 
     Args:
         calls: name -> function that blocks until its result is ready.
@@ -63,6 +65,7 @@ def interleave(
             break
         for name in order[done % len(order) :] + order[: done % len(order)]:
             call, count = calls[name], counts[name]
+            time.sleep(_PAUSE_S)
             call()
             start = time.perf_counter()
             for _ in range(count):
