@@ -101,7 +101,6 @@ struct ConvolutionVariant {
 struct DepthwiseVariant {
   void (*rows)(const Convolution&, const uint8_t* zeros, int64_t row, int64_t row_end);
   void (*round)(const float* x, int64_t count, CodeScale scale, uint8_t* to);
-  int lanes;
 };
 
 namespace portable { extern const ConvolutionVariant convolution; extern const DepthwiseVariant depthwise_codes; }

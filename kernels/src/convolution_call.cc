@@ -59,6 +59,16 @@ void run(ffi::ThreadPool& pool, bool worth, int64_t count, const Work& work) {
   }
 }
 
+// Cuts the rows of the result of a depthwise convolution into parts: `work(row, row_end)`.
+template <typename Work>
+void by_rows(ffi::ThreadPool& pool, const Window& w, const Work& work) {
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
+  const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
+  const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
+  run(pool, products >= kPart / 2, (all + some - 1) / some,
+      [&](int64_t part) { work(part * some, std::min(all, part * some + some)); });
+}
+
 using Geometry = ffi::Span<const int64_t>;
 
 // [k_h, k_w, stride_h, stride_w, dilation_h, dilation_w, top, bottom, left, right]
@@ -187,11 +197,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
     }
   }
   if (depthwise) {
-    const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
-    const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
-    const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
-    run(pool, products >= kPart / 2, (all + some - 1) / some,
-        [&](int64_t part) { variant.depthwise(p, part * some, std::min(all, part * some + some)); });
+    by_rows(pool, w, [&](int64_t row, int64_t row_end) { variant.depthwise(p, row, row_end); });
     return ffi::Error::Success();
   }
   if (w.is_padded()) {
@@ -211,7 +217,9 @@ void pack_depthwise(const Window& w, const int8_t* codes, int64_t stride, int32_
   for (int64_t k = 0; k < w.k_h * w.k_w; ++k)
     for (int64_t at = 0; at < stride; ++at) {
       weights[k * stride + at] = at < w.o ? codes[k * w.o + at] : 0;
-      offset[at] += 128 * weights[k * stride + at];
+      // Sums may wrap on the way, as they do in the dense ones.
+      offset[at] = static_cast<int32_t>(static_cast<uint32_t>(offset[at]) +
+                                        static_cast<uint32_t>(128 * weights[k * stride + at]));
     }
 }
 
@@ -227,7 +235,8 @@ ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& var
   std::memset(zeros.get(), 128, p.stride);
   Scratch rounded;
   if (x != nullptr) {
-    const int64_t line = w.w * w.c, lines = w.n * w.h, some = std::max<int64_t>(1, kMovedPart / line);
+    const int64_t line = w.w * w.c, lines = w.n * w.h;
+    const int64_t some = std::max<int64_t>(1, kMovedPart / std::max<int64_t>(1, line));
     rounded = scratch(lines * line);
     if (rounded == nullptr) return no_memory();
     run(pool, lines * line >= kWorthMoving, (lines + some - 1) / some, [&](int64_t part) {
@@ -237,11 +246,8 @@ ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& var
     });
     p.x = rounded.get();
   }
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
-  const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
-  const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
-  run(pool, products >= kPart / 2, (all + some - 1) / some, [&](int64_t part) {
-    variant.rows(p, static_cast<const uint8_t*>(zeros.get()), part * some, std::min(all, part * some + some));
+  by_rows(pool, w, [&](int64_t row, int64_t row_end) {
+    variant.rows(p, static_cast<const uint8_t*>(zeros.get()), row, row_end);
   });
   return ffi::Error::Success();
 }

@@ -7,6 +7,8 @@
 namespace lepton::VARIANT {
 namespace {
 
+typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));  // sums may wrap on the way
+
 constexpr int kPixels = 4, kVectors = 2;
 constexpr int64_t kMostPositions = 64;  // whose places are held at once
 
@@ -15,9 +17,9 @@ inline Ints add_products(Ints sum, Ints x, Ints w) {
 #if defined(__AVX512VNNI__)
   return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #elif defined(__AVX2__)
-  return sum + (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)w);
+  return (Ints)((Unsigned32)sum + (Unsigned32)_mm256_madd_epi16((__m256i)x, (__m256i)w));
 #else
-  return sum + x * w;
+  return (Ints)((Unsigned32)sum + (Unsigned32)(x * w));
 #endif
 }
 
@@ -75,7 +77,6 @@ template <int P, int V, bool kWhole>
 inline void some_channels(const Convolution& p, const Finish& finish, const Places* found, Places& places,
                           const uint8_t* x, const uint8_t* zeros, int64_t row, int64_t column, int64_t pixel,
                           float row_scale, int64_t c) {
-  typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));
   const int64_t positions = p.window.k_h * p.window.k_w, apart = p.window.c;
   Ints sums[P][V] = {};
   if (found != nullptr) {
@@ -146,6 +147,6 @@ void round(const float* x, int64_t count, CodeScale scale, uint8_t* to) {
 
 }  // namespace
 
-extern const DepthwiseVariant depthwise_codes = {rows, round, kLanes};
+extern const DepthwiseVariant depthwise_codes = {rows, round};
 
 }  // namespace lepton::VARIANT

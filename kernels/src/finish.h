@@ -57,6 +57,16 @@ inline Floats activate(Floats x) {
   return x;
 }
 
+// Stops the compiler from making one instruction of a product and a sum in one place and not in another.
+inline Floats rounded(Floats value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__AVX2__)
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
+
 template <Activation kind>
 inline void finish_as(const Epilogue& e, float* y, int64_t n, int64_t row, int64_t row_end, int64_t column,
                       int64_t column_end) {
@@ -67,7 +77,7 @@ inline void finish_as(const Epilogue& e, float* y, int64_t n, int64_t row, int64
     for (; at + kLanes <= column_end; at += kLanes) {
       Floats values = load(to + at);
       if (e.bias != nullptr) values += load(e.bias + at);
-      values = activate<kind>(values);
+      values = rounded(activate<kind>(values));
       if (added != nullptr) values += load(added + at);
       store(to + at, values);
     }
@@ -75,7 +85,7 @@ inline void finish_as(const Epilogue& e, float* y, int64_t n, int64_t row, int64
     Floats values = {};
     const int left = static_cast<int>(column_end - at);
     for (int lane = 0; lane < left; ++lane) values[lane] = to[at + lane] + (e.bias == nullptr ? 0.0f : e.bias[at + lane]);
-    values = activate<kind>(values);
+    values = rounded(activate<kind>(values));
     for (int lane = 0; lane < left; ++lane) to[at + lane] = values[lane] + (added == nullptr ? 0.0f : added[at + lane]);
   }
 }

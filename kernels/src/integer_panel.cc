@@ -75,12 +75,6 @@ struct Columns {
   __mmask16 inside[kVectors];
 };
 
-// Stops the compiler from making one instruction of a product and a sum in one place and not in another.
-inline Floats rounded(Floats value) {
-  asm("" : "+v"(value));
-  return value;
-}
-
 // Writes a tile from its sums, with what follows the product: read again from y it would wait until it is written.
 template <int MR, bool plain, Activation kind>
 inline void write_tile(const IntegerProduct& p, const Columns& columns, const __m512i (&sums)[MR][kVectors],

@@ -422,10 +422,10 @@ def _lines(found: Tuning) -> list[str]:
         "interrupted": "Interrupted; this is what was found so far.",
     }
     metric, on_disk = found.float_metrics[found.metric], _common.size(found.float_bytes)
-    operations = _common.short(found.float_operations)
+    operations = f"; in float {_common.short(found.float_operations)}" if found.float_operations else ""
     lines = [
         f"The float model has {found.metric} {metric:.6g} and takes {on_disk} on disk. time: of a call, float's is 1.",
-        f"operations: multiply-adds of a call by weights that are not zero; in float {operations}.",
+        f"operations: multiply-adds of a call by weights that are not zero{operations}.",
         f"{ends[found.stopped]} It took {_common.seconds(found.seconds)}.",
     ]
     if found.skipped:

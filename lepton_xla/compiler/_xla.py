@@ -183,7 +183,7 @@ def module_for_others(exported: jax.export.Exported, version: str) -> bytes:
     Composite operations become what they stand for: TensorFlow cannot find the shapes of one with two symbolic sizes.
 
     Raises:
-        ValueError: if that version has not all of its operations.
+        Exception: of MLIR's own types, if that version has not all of its operations.
     """
     from jax.interpreters import mlir
     from jaxlib.mlir import ir, passmanager

@@ -77,8 +77,11 @@ def _profile_of_replies(servable: Servable, batches: Iterable[Mapping[str, Any]]
         if "prompt" not in batch:
             raise CompileError(f"batch {number} of the data to profile has no 'prompt', a list of prompts")
         options = {name: value for name, value in batch.items() if name != "prompt"}
+        prompts = batch["prompt"]
+        if isinstance(prompts, list | tuple | np.ndarray):  # anything else is refused
+            prompts = prompts[: _MOST_ROWS - len(found)]
         try:
-            found += servable.generator.generate(batch["prompt"], **options)
+            found += servable.generator.generate(prompts, **options)
         except LeptonError as error:
             raise CompileError(f"batch {number} of the data to profile does not fit the model: {error}") from error
         if len(found) >= _MOST_ROWS:
@@ -86,7 +89,7 @@ def _profile_of_replies(servable: Servable, batches: Iterable[Mapping[str, Any]]
     if not found:
         return None
     assert servable.stepper is not None
-    return profile_of(*rows_of(found[:_MOST_ROWS], servable.stepper), PADDED)
+    return profile_of(*rows_of(found, servable.stepper), PADDED)
 
 
 def _is_padded(spec: TensorSpec, rows_symbol: str) -> bool:

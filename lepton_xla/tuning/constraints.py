@@ -46,14 +46,13 @@ class Constraints:
             raise TuningError(
                 f"max_drop = {self.max_drop}: expected a number above or equal to 0, in hundredths of the metric"
             )
-        limits = {name: [getattr(self, name)] for name in ("max_bytes", "max_memory", "max_operations", "min_speedup")}
-        limits["max_latency_ms"] = [self.max_latency_ms]
         if isinstance(self.max_latency_ms, Sequence):
             object.__setattr__(self, "max_latency_ms", tuple(self.max_latency_ms))
-            limits["max_latency_ms"] = list(self.max_latency_ms)
-        for name, values in limits.items():
-            for value in values:
-                if value is not None and not (value > 0 and math.isfinite(value)):
+        for name, given in vars(self).items():
+            if name == "max_drop" or given is None:
+                continue
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is None or not (value > 0 and math.isfinite(value)):
                     raise TuningError(f"{name} = {value}: expected a number above 0")
 
     def given(self) -> dict[str, str]:

@@ -197,7 +197,8 @@ class Search:
 
         def check(drop: float) -> None:
             if asked is not None:  # of others that had as many steps
-                study.check(asked, expected["latency" if self._objective == "latency" else "bytes"], drop, allowed)
+                kind = self._objective if self._objective in ("latency", "operations") else "bytes"
+                study.check(asked, expected[kind], drop, allowed)
 
         each_s = 0.0
 

@@ -28,7 +28,7 @@ def page(target: str, found: Tuning) -> str:
         f"Objective: {found.objective}. Constraints: {asked or 'none'}.",
         f"Metric: {found.metric}, {found.float_metrics.get(found.metric, math.nan):.6g} in float.",
         f"The float model takes {size(found.float_bytes)} on disk.",
-        f"A call of it takes {short(found.float_operations)} multiply-adds.",
+        *([f"A call of it takes {short(found.float_operations)} multiply-adds."] if found.float_operations else []),
         f"Ended: {found.stopped}, after {found.seconds:.0f} s.",
     ]
     parts = [

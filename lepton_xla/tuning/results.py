@@ -111,10 +111,9 @@ class Tuning:
     @property
     def frontier(self) -> tuple[Trial, ...]:
         """The trials that no other beats in drop, bytes on disk, latency and objective at once, the smallest first."""
-        points = {trial.name: self._point(trial) for trial in self.trials if not trial.failure}
-        measured = [trial for trial in self.trials if not trial.failure]
-        kept = [trial for trial in measured if not any(_beats(other, points[trial.name]) for other in points.values())]
-        unique = {points[trial.name]: trial for trial in reversed(kept)}
+        measured = [(self._point(trial), trial) for trial in self.trials if not trial.failure]
+        kept = [(point, trial) for point, trial in measured if not any(_beats(other, point) for other, _ in measured)]
+        unique = dict(reversed(kept))
         return tuple(sorted(unique.values(), key=lambda trial: trial.bytes))
 
     def _point(self, trial: Trial) -> tuple[float, ...]:

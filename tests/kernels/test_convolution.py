@@ -249,6 +249,13 @@ def test_no_examples_and_no_pixels(variants, shape):
         assert convolution.convolve_codes(jnp.zeros(shape), stored(3, 4), geometry).shape == (*shape[:3], 4)
 
 
+def test_images_without_width_are_all_padding(variants):
+    geometry = Geometry((3, 3), padding=((1, 1), (2, 2)))
+    for _ in variants():
+        found = convolution.convolve_codes(jnp.zeros((1, 4, 0, 8)), stored(9, 8), geometry)
+        np.testing.assert_array_equal(found, np.zeros((1, 4, 2, 8), np.float32))
+
+
 def test_no_channels(kernels):
     x, geometry = jnp.zeros((2, 5, 5, 0)), Geometry((3, 3))
     codes = QTensor(jnp.zeros((0, 4), jnp.int8), jnp.ones((1, 4)), "int8", 0)

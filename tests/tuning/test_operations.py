@@ -98,6 +98,8 @@ def test_each_size_has_its_own_limit_on_latency():
     assert (half.excess(Constraints(min_speedup=2.0)), half.excess(Constraints(min_speedup=3.0))) == (0, 0.5)
     with pytest.raises(TuningError, match=r"max_latency_ms = 0: expected a number above 0"):
         Constraints(max_latency_ms=[1.0, 0])
+    with pytest.raises(TuningError, match="max_latency_ms = None: expected a number above 0"):
+        Constraints(max_latency_ms=(0.5, None))  # pyright: ignore[reportArgumentType]
 
 
 def test_the_best_at_operations_is_on_the_frontier():

@@ -227,7 +227,7 @@ def quantize(
         refused = chosen[2]
     else:  # a kernel that wins alone may lose among its neighbours
         kernel_rows = {
-            at: rows for at in range(len(tried)) if (rows := _kernel_rows(integer, timings, tried[at].sizes))
+            at: rows for at in range(len(tried)) if (rows := _kernel_rows(integer, timings, passing, tried[at].sizes))
         }
         if kernel_rows:
             both = [variant(integer, may_unpack), variant(integer, may_unpack, kernels=False)]
@@ -415,14 +415,14 @@ def _own(values: Mapping[Key, jax.Array], names: Mapping[Key, str], integer: fro
 
 
 def _kernel_rows(
-    integer: frozenset[str], timings: Mapping[str, Sequence[Timing]], sizes: Mapping[str, int]
+    integer: frozenset[str], timings: Mapping[str, Sequence[Timing]], passing: frozenset[str], sizes: Mapping[str, int]
 ) -> frozenset[int]:
     """The numbers of rows that a kernel multiplies at a size, without those where it wins too clearly to lose.
 
     Without its kernels, a program of weights in codes unpacks all of them on each call, and XLA may do so at once: of a
     large model that would take as much memory again as its float weights.
     """
-    ways = selection.ways_of(integer, timings)
+    ways = selection.ways_of(integer, timings, passing)
     by_rows: dict[int, list[Timing]] = {}
     for name in integer:
         for timing in timings[name]:
