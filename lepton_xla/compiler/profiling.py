@@ -79,7 +79,7 @@ def _profile_of_replies(servable: Servable, batches: Iterable[Mapping[str, Any]]
         options = {name: value for name, value in batch.items() if name != "prompt"}
         prompts = batch["prompt"]
         if isinstance(prompts, list | tuple | np.ndarray):  # anything else is refused
-            prompts = prompts[: _MOST_ROWS - len(found)]
+            prompts = list(prompts[: _MOST_ROWS - len(found)])
         try:
             found += servable.generator.generate(prompts, **options)
         except LeptonError as error:
