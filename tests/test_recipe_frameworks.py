@@ -116,7 +116,7 @@ RECIPES = {name: msgspec.structs.replace(Recipe.load(name), measure=False) for n
 
 
 # What is run with data; the others leave out what needs it, which these have.
-WITH_DATA = ("int8", "int4-weight-only", "awq and biases", "equalized and static")
+WITH_DATA = ("int8", "int8-static", "int4-weight-only", "awq and biases", "equalized and static")
 
 
 @pytest.fixture(scope="module", autouse=True)

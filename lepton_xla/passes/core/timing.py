@@ -148,7 +148,7 @@ class Timer:
         to start a program, which can hide the time of the product.
 
         >>> sleep, nothing = lx.passes.Timer().medians_us([lambda: time.sleep(1e-3), lambda: None], budget_s=0.01)
-        >>> sleep >= 1000  # at least: a busy machine makes both longer
+        >>> sleep > nothing
         True
         """
         return _medians_us(calls, budget_s, queued=self.target.queues)
