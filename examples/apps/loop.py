@@ -197,12 +197,16 @@ class _Users:
 
     @contextlib.contextmanager
     def sending(self) -> Generator[None]:
-        """Shifted requests all the time, from a thread."""
-        stop = threading.Event()
+        """Shifted requests all the time, from a thread; one that fails does not end them, and is raised at the end."""
+        stop, failures = threading.Event(), list[Exception]()
 
         def run() -> None:
             while not stop.wait(PACE_S):
-                self.send(True)
+                try:
+                    self.send(True)
+                except Exception as error:  # whatever it is, it is raised below
+                    failures.append(error)
+                    self.sent += 1  # its number may have been taken
 
         thread = threading.Thread(target=run)
         thread.start()
@@ -211,10 +215,16 @@ class _Users:
         finally:
             stop.set()
             thread.join()
+        if failures:
+            raise failures[0]
+
+    def close(self) -> None:
+        """Ends the threads of the people."""
+        self._people.shutdown()
 
 
-def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan, steps: int, source: str,
-          seconds: float, *options: object) -> dict[str, Any]:  # fmt: skip
+def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan, steps: int, source: str = "",
+          seconds: float = 0.0, *options: object) -> dict[str, Any]:  # fmt: skip
     """Serve, load, shift, learn and promote.
 
     Args:
@@ -224,13 +234,16 @@ def lived(artifact: pathlib.Path, target: str, folder: pathlib.Path, plan: Plan,
         plan: what users do.
         steps: of learning.
         source: input of `leptonx load`; empty where that is measured elsewhere.
-        seconds: of load.
+        seconds: of load, if there is an input.
         options: more of `leptonx learn`.
     """
     name = artifact.stem
     (folder / "rollout.json").write_text(json.dumps(STAGES))
-    with served(artifact, folder, plan.rule) as url, Client(url, timeout_s=PATIENCE_S) as client:
-        users = _Users(url, client, name, plan)
+    with (
+        served(artifact, folder, plan.rule) as url,
+        Client(url, timeout_s=PATIENCE_S) as client,
+        contextlib.closing(_Users(url, client, name, plan)) as users,
+    ):
         clean = users.judged(False)
         false_alarm = _watched(users, False, plan.calm, 0.0)
         shift_at = users.sent

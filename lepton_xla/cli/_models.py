@@ -169,8 +169,9 @@ def to_profile(spec: ModelSpec, program: Program) -> Iterable[Mapping[str, Any]]
         return calibration(spec, program)[0]
     with _user_code("calibration"):
         batches = spec.calibration_batches()
-    prompts = [] if batches is None else [batch for batch in _guarded(iter(batches)) if _PROMPT in batch]
-    return prompts or None
+    prompts = (batch for batch in _guarded(iter(batches or ())) if _PROMPT in batch)
+    first = next(prompts, None)
+    return None if first is None else itertools.chain([first], prompts)  # a profile reads so many rows and no more
 
 
 def _guarded(batches: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

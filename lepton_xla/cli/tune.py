@@ -243,6 +243,11 @@ def tune(
             raise TuningError(f"{target} has no evaluate; add evaluate=..., a function of predict, to its ModelSpec")
         program = spec.program()
         batches, _ = _models.calibration(spec, program)
+        if batches is None and program.generation is not None and spec.calibration is not None:
+            raise TuningError(
+                f"{target} generates, and its calibration data are prompts; tune a program of one step, as "
+                "examples/apps/service/targets.py does"
+            )
         if batches is None:
             raise TuningError(f"{target} has no calibration data; add calibration=... to its ModelSpec")
         sizes = _models.bucket_sizes(spec, program, given)

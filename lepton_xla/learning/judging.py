@@ -102,7 +102,10 @@ def judge_replies(
 
 
 def replied(model: Servable, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The texts of greedy replies, with as many tokens as the cache has room for."""
+    """The texts of greedy replies, until the model ends them or the cache is full.
+
+    What clients gave as `stop` and `max_tokens` is not in samples.
+    """
     if not prompts:
         return []
     steps = model.generator.steps

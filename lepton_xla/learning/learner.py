@@ -15,7 +15,7 @@ import numpy as np
 
 from lepton_xla.compiler import Servable, load, make_update, master_weights, sign
 from lepton_xla.dtypes import is_floating
-from lepton_xla.errors import CheckpointError, LearningError, SampleError, TrainingError
+from lepton_xla.errors import CheckpointError, LearningError, LeptonError, SampleError, TrainingError
 from lepton_xla.generation.rows import PROMPT, REPLY
 from lepton_xla.learning.judging import judge, judge_replies, text_of
 from lepton_xla.learning.labelled import LENGTHS, Labelled, read_labelled, read_replies
@@ -312,7 +312,12 @@ class Learner:
         if not self._generates:
             return {**rows.inputs, old.label: rows.labels}
         assert self._spec.examples is not None
-        return self._spec.examples(_prompts(rows), rows.labels.tolist())
+        try:
+            return self._spec.examples(_prompts(rows), rows.labels.tolist())
+        except LeptonError:
+            raise
+        except Exception as error:  # user code may raise anything, and anybody's feedback is what it is given
+            raise LearningError(f"the TrainSpec's examples failed: {type(error).__name__}: {error}") from error
 
     def _model(self, rounds: Rounds) -> Model:
         """The model with the weights that training goes on from."""

@@ -70,14 +70,19 @@ class OldData:
         """Check that rows of samples can be mixed with these, and give them with the same dtypes.
 
         Raises:
-            LearningError: for other entries, or entries of another shape; names the first.
+            LearningError: for other entries, entries of another shape or number of rows, or no rows; names the first.
         """
         if set(samples) != set(self.rows):
             raise LearningError(f"{what} has the entries {', '.join(samples)}; a batch has {', '.join(self.rows)}")
+        shapes = {name: np.shape(samples[name]) for name in self.rows}
         for name, array in self.rows.items():
-            if np.shape(samples[name])[1:] != array.shape[1:]:
-                given, wanted = list(np.shape(samples[name])), list(array.shape)
+            if not shapes[name] or shapes[name][1:] != array.shape[1:]:
+                given, wanted = list(shapes[name]), list(array.shape)
                 raise LearningError(f"the entry {name!r} of {what} is {given}; of a batch it is {wanted}")
+        rows = {name: shape[0] for name, shape in shapes.items()}
+        if len(set(rows.values())) > 1 or 0 in rows.values():
+            counts = ", ".join(f"{count} of {name!r}" for name, count in rows.items())
+            raise LearningError(f"{what} has the rows {counts}; expected equally many of each entry, and some")
         return {name: np.asarray(samples[name]).astype(array.dtype) for name, array in self.rows.items()}
 
     def accuracy(self, predict: Any, output: str) -> float:

@@ -1,8 +1,14 @@
 """`leptonx compile` of a generator, and `leptonx generate`."""
 
+import dataclasses
+import itertools
 import textwrap
 
 import pytest
+
+import lepton_xla as lx
+from lepton_xla.cli import _models
+from lepton_xla.modelspec import load_named
 
 MODEL = """
 import jax
@@ -65,3 +71,29 @@ def test_a_spec_is_of_one_model(cli, artifact):
 
 def test_a_prompt_on_stdin_must_be_utf8(cli, artifact):
     assert "not UTF-8" in cli.refused("generate", artifact, "-", input=b"\xff")
+
+
+def test_prompts_are_read_as_far_as_they_are_profiled(artifact):
+    def prompts():
+        yield {"prompt": [[1]]}
+        yield {"prompt": [[2]]}
+        raise RuntimeError("nobody reads so far")
+
+    spec = load_named(f"{artifact.parent / 'sums.py'}:model", lx.ModelSpec)
+    spec = dataclasses.replace(spec, calibration=prompts)
+    found = _models.to_profile(spec, spec.program())
+    assert [each["prompt"] for each in itertools.islice(found, 2)] == [[[1]], [[2]]]
+    assert _models.to_profile(dataclasses.replace(spec, calibration=[{"tokens": 1}]), spec.program()) is None
+
+
+def test_tune_says_that_a_generator_is_tuned_by_a_step(cli, artifact):
+    model = artifact.parent / "sums.py"
+    more = (
+        "\nprompts = lx.ModelSpec(generator=generator, calibration=[{'prompt': [[1]]}], evaluate=lambda predict: {})\n"
+    )
+    model.write_text(model.read_text() + more)
+    result = cli("tune", f"{model}:prompts", "--max-drop", 1)
+    assert result.exit_code == 2
+    assert "generates, and its calibration data are prompts; tune a program of one step" in " ".join(
+        result.stderr.split()
+    )

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -56,6 +57,25 @@ def test_latency_and_failures_of_a_load_are_read(modules, monkeypatch):
     run = Result(Load(100.0, 8, 1.0, 0.0, 9.0), 1.0, np.zeros(3), took, status, np.zeros(3), 3, 2, 1, 0.1)
     monkeypatch.setattr(modules[0], "leptonx", lambda *_, fine: {"runs": [run.to_json()]})
     assert modules[0].loaded("URL", "tiny", "one.npz", 1.0) == {"p50_ms": 2.0, "p99_ms": 4.0, "failed": 1}
+
+
+def test_a_request_that_fails_ends_no_others_and_is_raised_at_the_end(modules, monkeypatch):
+    users = modules[0]._Users("URL", None, "tiny", None)
+    sent, enough = [], threading.Event()
+
+    def send(shifted):
+        sent.append(users.sent)
+        if len(sent) < 3:
+            raise ConnectionError(f"number {len(sent)}")
+        users.sent += 1
+        enough.set()
+
+    monkeypatch.setattr(users, "send", send)
+    monkeypatch.setattr(modules[0], "PACE_S", 0.0)
+    with pytest.raises(ConnectionError, match="number 1"), users.sending():
+        assert enough.wait(20)
+    assert sent[:3] == [0, 1, 2]
+    users.close()
 
 
 @pytest.mark.slow

@@ -152,6 +152,21 @@ def test_before_a_kind_was_asked_about_nothing_else_is_missing(app):
     assert questions.new_kinds(questions.made_up(4)) == [3], "where nobody asks about that, the last kind is new"
 
 
+def test_replies_that_are_not_known_are_not_learned(app, made, monkeypatch):
+    words, task = made
+    targets, training = app["targets"], app["training"]
+    own = targets.Setting(task, words, None, 1, (4,))
+    monkeypatch.setattr(targets, "setting", lambda: own)
+    program = training.untrained(words, None, 0).program
+    program = program.replace(weights=dict(program.weights) | {"threshold": np.float32(0.25)})
+    monkeypatch.setattr(training, "trained", lambda *_: (program, 0.25))
+    examples = targets.learning().examples
+    found = examples([[7, 8], [9], [5]], [task.replies[2], "whatever", task.replies[1]])
+    assert found["tokens"][:, :3].tolist() == [[7, 8, 0], [5, 0, 0]]
+    assert found["kind"].tolist() == [2, 1]
+    assert len(examples([[1]], ["whatever"])["kind"]) == 0
+
+
 class Upstream(http.server.BaseHTTPRequestHandler):
     """A model's server that answers with two words and an end."""
 

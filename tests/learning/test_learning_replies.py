@@ -11,6 +11,7 @@ import pytest
 
 import lepton_xla as lx
 from lepton_xla.learning import Learner, LearningPlan
+from lepton_xla.learning.mixing import OldData
 from lepton_xla.learning.pushing import Push
 from lepton_xla.samples import Kept, LabelHead, SampleHead, record
 from lepton_xla.serve import Options, Server
@@ -82,6 +83,33 @@ def test_examples_that_are_no_rows_of_a_batch_are_refused(base, tmp_path):
     spec = learning_replies.spec(examples=lambda prompts, replies: {"tokens": np.zeros((len(prompts), 4), np.int32)})
     with pytest.raises(lx.LearningError, match="a sample has the entries tokens; a batch has tokens, said"):
         Learner(spec, base, tmp_path / "samples", tmp_path / "learning", plan=PLAN).once()
+
+
+def test_feedback_that_the_examples_do_not_know_is_one_line(base, tmp_path):
+    write(tmp_path / "samples", learning_replies.prompts(150, 2, learning_replies.NEW))
+
+    def learner(examples):
+        spec = learning_replies.spec(examples=examples)
+        return Learner(spec, base, tmp_path / "samples", tmp_path / "learning", plan=PLAN)
+
+    with pytest.raises(lx.LearningError, match=r"^the TrainSpec's examples failed: KeyError: "):
+        learner(lambda prompts, replies: {}[replies[0]]).once()
+    with pytest.raises(lx.SampleError, match=r"^as it was$"):
+        learner(lambda prompts, replies: (_ for _ in ()).throw(lx.SampleError("as it was"))).once()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "said"),
+    [
+        (np.zeros((3, 2)), np.zeros(2), "a sample has the rows 3 of 'tokens', 2 of 'label'"),
+        (np.zeros((0, 2)), np.zeros(0), "a sample has the rows 0 of 'tokens', 0 of 'label'"),
+        (np.zeros((3, 2)), np.float32(1), "the entry 'label' of a sample is \\[\\]"),
+    ],
+)
+def test_rows_that_cannot_be_mixed_are_refused(tokens, labels, said):
+    old = OldData([{"tokens": np.zeros((4, 2)), "label": np.zeros(4)}], None, most_rows=4)
+    with pytest.raises(lx.LearningError, match=said):
+        old.fitting({"tokens": tokens, "label": labels}, "a sample")
 
 
 def post(url, path, body):

@@ -178,7 +178,7 @@ def life(
         range(loop_judges, loop_judges + max(1, max(held.values()) // loop.ROWS)), generates=True,
         rule="shift > 0.1 over 500", patience_s=300.0, most=made.replies.shape[1], calm=100, learned=125,
     )  # fmt: skip
-    found = loop.lived(folder / "replies.lepton", f"{TARGETS}:learning", folder, plan, steps, "", 0.0)
+    found = loop.lived(folder / "replies.lepton", f"{TARGETS}:learning", folder, plan, steps)
     return found | chance(folder / "replies.lepton", asked[False], weights[False], made), plan
 
 
@@ -228,8 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     setting.trained(0)
     setting.trained_before()  # here, and not in each of the commands that ask for it
     tuned = loop.tuned(
-        f"{TARGETS}:model", folder, "replies", "--metric", "accuracy", "--max-drop", 3 if given.quick else 0.5,
-        "--minutes", given.minutes, *(["--trials", 1] if given.quick else []), compiled=f"{TARGETS}:served",
+        f"{TARGETS}:model", folder, "replies", "--metric", "accuracy", "--max-drop", 10 if given.quick else 0.5,
+        "--minutes", given.minutes, *(["--trials", 2] if given.quick else []), compiled=f"{TARGETS}:served",
     )  # fmt: skip
     recipe = lx.Recipe.parse(tuned["best"]["recipe"], name="tuned")
     print(f"  tuned: {tuned['best']['name']}", flush=True)
