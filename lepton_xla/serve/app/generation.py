@@ -22,6 +22,7 @@ from lepton_xla.serve.http.workers import Workers
 from lepton_xla.serve.limits import Limits
 from lepton_xla.serve.models.handle import ModelHandle
 from lepton_xla.serve.models.registry import Registry
+from lepton_xla.serve.models.split import BY_ID
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import generation
 from lepton_xla.serve.protocol.generation import Asked, Completion, GenerateResponse, event
@@ -255,7 +256,9 @@ class GenerationPages:
         split = self._models.split(name)
         if split is None:
             return self._models.find(name, None, None)
-        choice = split.choose(None)
+        # Bodies in OpenAI's form have no id: by that, versions are drawn.
+        sticky = split.sticky if split.sticky != BY_ID else ""
+        choice = split.choose(exchange.head.headers.get(sticky.encode()) if sticky else None)
         shadow = split.shadow if split.mirrors(choice.version) else None
         exchange.choice = choice.propensity, shadow
         return self._models.find(name, choice.version)

@@ -132,6 +132,7 @@ class RepositoryClient(Client):
         total = sum(entry.size for _, entry in files.values())
         there = self._sizes(list(files))
         times = 0
+        all_there = False
         while True:
             sent = 0
             for file, entry in files.values():
@@ -146,9 +147,11 @@ class RepositoryClient(Client):
                 if error.status != _MISSING or times == _MOST_TIMES:
                     raise
                 there = self._sizes(list(files))
-                if all(there[digest] >= entry.size for digest, (_, entry) in files.items()):
+                # Somebody who pushed the same at the same time has taken the files, and may have sent them again since:
+                # only if nothing lacks twice, something else is missing.
+                before, all_there = all_there, all(there[each] >= entry.size for each, (_, entry) in files.items())
+                if before and all_there:
                     raise
-                # Somebody who pushed the same at the same time has taken the files.
 
     def promote(self, name: str, version: str, label: str = "stable") -> str | None:
         """Move a label to a version; returns the one that it stood on before."""

@@ -150,7 +150,7 @@ class Uploads:
         self._repository.check_base(listing, name)
         taken = self._take(listing, staged)
         for file, entry in listing.files.items():
-            _check(entry, staged / file, taken[entry.sha256])
+            _check(entry, staged / file, taken.get(entry.sha256, staged / file))
         if signed is not None:
             write_whole(staged / SIGNATURE, signed)
         write_whole(staged / MANIFEST, data)
@@ -179,11 +179,13 @@ class Uploads:
         """Move all files into an artifact, or none: of several who publish the same, one has them.
 
         Returns:
-            Where each is now, by digest; an artifact that has one twice has it in the first place.
+            Where each is now, by digest; an artifact that has one twice has it in the first place. Empty ones are not
+            taken from anywhere.
         """
         first: dict[str, pathlib.Path] = {}
         for file, entry in listing.files.items():
-            first.setdefault(entry.sha256, staged / file)
+            if entry.size:
+                first.setdefault(entry.sha256, staged / file)
         wanted = {entry.sha256: entry.size for entry in listing.files.values() if entry.size}
         with held(self._folder, wait=True):
             # Sizes are checked before anything is moved, so that what is here stays for the next try.
@@ -192,7 +194,10 @@ class Uploads:
                 raise _missing(lacking)
             for digest in wanted:
                 first[digest].parent.mkdir(parents=True, exist_ok=True)
-                os.rename(self._file(digest), first[digest])
+                try:
+                    os.rename(self._file(digest), first[digest])
+                except FileNotFoundError:  # where the file system has no locks, another was first
+                    raise _missing([digest]) from None
         return first
 
     def _make_room(self, file: pathlib.Path, more: int) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lepton_xla.generation.rows import CERTAINTY, PROMPT, REPLY, Sequenced, rows_of
 from lepton_xla.serve.monitor.monitor import Monitor
@@ -14,6 +19,10 @@ if TYPE_CHECKING:
     from lepton_xla.generation.slots import Steps
 
 _ROW, _PROMPT_TOKENS, _REPLY_TOKENS = "replies", "prompt tokens", "reply tokens"
+# Counting a group of replies takes tens of milliseconds, which no answer is to wait for. What waits is bounded; replies
+# beyond are not counted.
+_counting = ThreadPoolExecutor(1, "lepton-replies")
+_room = threading.Semaphore(256)
 
 
 def signature_of_replies(signature: Signature, steps: Steps) -> Signature:
@@ -59,19 +68,26 @@ class Replies:
             text: of the reply.
             propensity: see `Feedback.remember`.
         """
-        monitor = self._monitor
-        if monitor is not None:
-            if monitor.profile is not None:
-                inputs, outputs = rows_of([sequence], self._steps)
-                monitor.saw(list(inputs.values()), list(outputs.values()), 1)
-            if request_id and monitor.feedback is not None:
-                monitor.feedback.remember(request_id, text.encode("utf-8", "surrogatepass"), propensity)
-        if request_id and self._sampler is not None:
-            inputs, outputs = rows_of([sequence], self._steps)
+        monitor, sampler = self._monitor, self._sampler if request_id else None
+        if monitor is not None and request_id and monitor.feedback is not None:
+            monitor.feedback.remember(request_id, text.encode("utf-8", "surrogatepass"), propensity)
+        counting = None if monitor is None or monitor.profile is None else monitor
+        if counting is None and sampler is None:
+            return
+        inputs, outputs = rows_of([sequence], self._steps)
+        if counting is not None and _room.acquire(blocking=False):
+            _counting.submit(_count, counting, list(inputs.values()), list(outputs.values()))
+        if sampler is not None:
             sizes = {_ROW: 1, _PROMPT_TOKENS: len(sequence.prompt), _REPLY_TOKENS: len(sequence.tokens)}
-            self._sampler.replied(
+            sampler.replied(
                 request_id,
                 [inputs[PROMPT][:, : len(sequence.prompt)].tobytes()],
                 [outputs[REPLY][:, : len(sequence.tokens)].tobytes(), outputs[CERTAINTY].tobytes()],
                 sizes,
             )
+
+
+def _count(monitor: Monitor, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+    """Has a reply counted, on the thread that counts."""
+    _room.release()
+    monitor.saw(inputs, outputs, 1)

@@ -30,6 +30,8 @@ _log = logging.getLogger("lepton_xla.serve")
 _KEY, _BOUNDS = ".key", ".bounds.json"
 # Records that wait for the disk. What comes beyond is not kept: answers never wait for it.
 _MOST_WAITING = 16 << 20
+# A record takes about so many, beside its tensors, its id and its texts.
+_RECORD_BYTES = 512
 _TIDY_S = 30.0
 # Records are written together.
 _GATHER_S, _MOST_GATHERED, _WRITE_BYTES = 0.02, 4096, 1 << 20
@@ -82,7 +84,7 @@ class Sampler:
 
     def _takes(self, request_id: str) -> bool:
         """Whether requests with this id are kept: a matter of the id alone, so that all processes agree."""
-        digest = hashlib.blake2b(request_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        digest = hashlib.blake2b(_encoded(request_id), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self._below
 
     def answered(self, request: InferRequest, outputs: Sequence[bytes | memoryview]) -> None:
@@ -129,7 +131,7 @@ class Sampler:
             for index, data in zip(asked, outputs, strict=True)
             if self._outputs[index][0].name not in self._dropped
         ]
-        size = nbytes + sum(len(data) for _, data in wanted)
+        size = _RECORD_BYTES + len(_encoded(request_id)) + nbytes + sum(len(data) for _, data in wanted)
         if not self._reserve(size):  # before anything is copied
             return
         given = [(output, bytes(data)) for output, data in wanted]
@@ -155,7 +157,7 @@ class Sampler:
                 continue
             classes = tuple(each for each in right if not isinstance(each, str))
             head = LabelHead(self._id(request_id), self._version, now_s, classes, texts[0] if texts else None)
-            size = 8 * len(right) + sum(map(len, texts))
+            size = _RECORD_BYTES + 8 * len(right) + sum(len(_encoded(each)) for each in (request_id, *texts))
             if self._reserve(size):
                 self._put(lambda head=head: record(head), size)
 
@@ -175,7 +177,7 @@ class Sampler:
         return hmac.digest(self._key, data, "sha256")
 
     def _id(self, request_id: str) -> str:
-        return self._hashed(request_id.encode("utf-8", "surrogatepass")).hex() if self._sampling.hash_id else request_id
+        return self._hashed(_encoded(request_id)).hex() if self._sampling.hash_id else request_id
 
 
 class SampleWriter:
@@ -330,6 +332,10 @@ class SampleWriter:
             self._waiting.put(None)
             self._thread.join(_CLOSE_S)
             self._thread = None
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _shared_key(path: Path) -> bytes:

@@ -14,6 +14,7 @@ import threading
 import fsspec
 import jax.numpy as jnp
 import pytest
+from fake_artifacts import make_artifact
 from numbered import Clients, make_numbered, wait
 from serve_fakes import exchange
 
@@ -310,6 +311,28 @@ def test_two_who_push_the_same_at_once_both_succeed(start, made):
         assert {each["name"] for each in client.models()} == {"m", "other"}
         with pytest.raises(RequestError, match="409"):
             client.push(made[2], "m", "2")
+
+
+def test_a_push_goes_on_where_others_send_the_files_again(tmp_path, monkeypatch):
+    """They lack when a version is made of them, and are there when it is asked what lacks."""
+    artifact = make_artifact(tmp_path / "a.lepton")
+    with RepositoryClient("http://127.0.0.1:9") as client:
+        monkeypatch.setattr(client, "_sizes", lambda digests: dict.fromkeys(digests, 1 << 20))
+        for failing, made in ((1, True), (2, False)):
+            answers = [RequestError(404, "missing")] * failing + [{"version": "1"}]
+
+            def change(*_, answers=answers):
+                answer = answers.pop(0)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+            monkeypatch.setattr(client, "_change", change)
+            if made:
+                assert client.push(artifact, "m") == "1"
+            else:
+                with pytest.raises(RequestError, match="missing"):
+                    client.push(artifact, "m")
 
 
 def test_a_server_of_one_artifact_has_no_repository(made):

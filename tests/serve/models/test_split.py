@@ -2,12 +2,14 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lepton_xla.serve.app.generation import GenerationPages
 from lepton_xla.serve.models.split import Choice, Split
 from lepton_xla.serve.protocol.traffic import Shadow, Traffic
 
@@ -88,3 +90,13 @@ def test_a_fraction_is_mirrored_and_nothing_to_who_answered():
 def test_documents_that_are_refused(document, message):
     with pytest.raises(msgspec.ValidationError, match=message):
         msgspec.convert(document, Traffic)
+
+
+@pytest.mark.parametrize(("sticky", "stays"), [("x-user", True), ("", False), ("id", False)])
+def test_requests_to_generate_by_the_name_in_their_body_stay_too(sticky, stays):
+    shared = split({"3": 0.5, "4": 0.5}, sticky=sticky)
+    models = SimpleNamespace(split=lambda name: shared, find=lambda name, version, label=None: version)
+    found = GenerationPages(models, None, None, None, None)._find
+    asked = [SimpleNamespace(head=SimpleNamespace(headers={b"x-user": b"ada", b"id": b"1"})) for _ in range(40)]
+    assert {found("m", each) for each in asked} == ({shared.choose(b"ada").version} if stays else {"3", "4"})
+    assert {each.choice for each in asked} == {(0.5, None)}

@@ -1,17 +1,21 @@
 """Files that are sent in pieces, and versions that are made of them: checked, bounded, resumable."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import threading
 
+import msgspec
 import pytest
 from fake_artifacts import is_whole, make_artifact
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_xla.errors import ArtifactError, RepositoryError
+from lepton_xla.listing import MANIFEST, sealing_digest
+from lepton_xla.serve.models import uploads as module
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.uploads import FOLDER, UploadLimits, Uploads
 
@@ -112,6 +116,25 @@ def test_what_was_sent_wrong_is_refused_and_can_be_sent_again(repository, upload
     assert repository.scan() == {}
     assert uploads.sizes([sha(b"program")]) == {sha(b"program"): 0}
     assert uploads.publish(send(uploads, artifact), "m")[0] == "1"
+
+
+def test_an_empty_file_of_the_same_digest_does_not_hide_another(uploads, tmp_path):
+    artifact = make_artifact(tmp_path / "a.lepton", {"a": b"", "b": b"program"})
+    document = json.loads((artifact / MANIFEST).read_text()) | {"sha256": ""}
+    document["files"]["a"]["sha256"] = sha(b"program")
+    document["sha256"] = sealing_digest(msgspec.json.encode(document))
+    data = json.dumps(document).encode()
+    for digest, content in ((sha(data), data), (sha(b"program"), b"another")):
+        uploads.write(digest, 0, content)
+    with pytest.raises(ArtifactError, match="what was sent is something else"):
+        uploads.publish(sha(data), "m")
+
+
+def test_without_locks_who_comes_second_is_told_what_is_missing(uploads, artifact, monkeypatch):
+    manifest = send(uploads, artifact, leave_out={"p"})
+    monkeypatch.setattr(module, "_size", lambda file: 1 << 20)  # as it was before another took it
+    with pytest.raises(RepositoryError, match=f"file {sha(b'program')} was not sent"):
+        uploads.publish(manifest, "m")
 
 
 def test_a_manifest_that_is_none(repository, uploads):

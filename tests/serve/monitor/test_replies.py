@@ -3,7 +3,9 @@
 import http.client
 import json
 import math
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from lepton_xla.profiles import Sketch, profile_of
 from lepton_xla.samples import Samples
 from lepton_xla.serve import Options, Server
 from lepton_xla.serve.models.settings import parse_settings
+from lepton_xla.serve.monitor import replies
 from lepton_xla.serve.monitor.drift import drifts
 
 VOCABULARY = 128
@@ -132,13 +135,34 @@ def test_replies_are_watched_on_every_route(make_server):
 
     def counted():
         found = server.metrics.of("letters", "1").counts()
-        return found if sum(found["request_s"][:-1]) == 6 else None
+        (sketch,) = found["sketch"].values()
+        return found if sum(found["request_s"][:-1]) == 6 and sum(sketch["tokens:length"]) == 8 else None
 
     counts = until(counted)
     (sketch,) = counts["sketch"].values()
     assert {sum(each) for each in sketch.values()} == {8}
     assert sketch["tokens:length"][-1] == 0
     assert server.metrics.all_codes()[200] >= 6
+
+
+def test_no_reply_waits_for_those_before_to_be_counted_and_what_waits_is_bounded(monkeypatch):
+    started, gate, counted = threading.Event(), threading.Event(), []
+
+    def saw(inputs, outputs, rows):
+        started.set()
+        assert gate.wait(20)
+        counted.append((inputs[0][0, :1].tolist(), rows))
+
+    monkeypatch.setattr(replies, "_room", threading.Semaphore(3))
+    told = replies.Replies(Steps(), SimpleNamespace(profile=object(), feedback=None, saw=saw), None)
+    made = Letters().generator.generate([[97 + number] for number in range(9)], max_tokens=2)
+    told.answered("", made[0], "")
+    assert started.wait(20)
+    for each in made[1:]:
+        told.answered("", each, "")
+    gate.set()
+    replies._counting.submit(lambda: None).result(20)
+    assert counted == [([97 + number], 1) for number in range(4)]
 
 
 def test_the_right_reply_is_feedback(make_server):
@@ -196,16 +220,15 @@ def test_prompts_replies_and_right_replies_are_kept(tmp_path):
 
 @pytest.mark.parametrize("rule", ["drop", "hash"])
 def test_a_right_reply_is_not_kept_where_replies_are_not(tmp_path, rule):
-    from lepton_xla.serve.monitor.replies import Replies, signature_of_replies
     from lepton_xla.serve.monitor.sampler import SampleWriter
     from lepton_xla.serve.protocol.signature import signature_of
 
     model, counts = Letters(Ascii()), {"kept": 0, "left_out": 0, "lost": 0}
     settings = parse_settings(f'[serving.samples]\n{rule} = ["reply"]').serving.samples
     writer = SampleWriter(tmp_path)
-    sampler = writer.sampler(signature_of_replies(signature_of(model), model.stepper), settings, counts)
+    sampler = writer.sampler(replies.signature_of_replies(signature_of(model), model.stepper), settings, counts)
     (made,) = model.generator.generate(["abc"], max_tokens=2)
-    Replies(model.stepper, None, sampler).answered("a", made, made.text)
+    replies.Replies(model.stepper, None, sampler).answered("a", made, made.text)
     sampler.labelled({"a": ["secret"]})
     writer.close()
     assert counts == {"kept": 1, "left_out": 0, "lost": 0}

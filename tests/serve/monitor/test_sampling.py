@@ -187,6 +187,16 @@ def test_what_a_slow_disk_cannot_take_is_left_out_and_no_answer_waits(writer, cl
     assert writer.counts == {"kept": 2, "left_out": 998, "lost": 0}
 
 
+def test_ids_texts_and_the_records_themselves_are_in_the_bound(classifier):
+    reserved = []
+    sampler = writing.Sampler(
+        signature_of(classifier), Sampling(), 1.0, b"key", lambda size: reserved.append(size), None
+    )
+    sampler.answered(*request_of("\u00e4" * 100, ROWS[:1]))
+    sampler.labelled({"a": ["\u20ac" * 50]})
+    assert reserved == [512 + 200 + (16 + 4) + 16, 512 + 1 + 8 + 150]
+
+
 def test_a_full_disk_costs_samples_and_nothing_else(writer, classifier, monkeypatch, caplog):
     sampler = sampler_of(writer, classifier)
     write, full = os.write, threading.Event()
