@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import stat
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from urllib.parse import unquote
 
@@ -28,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 _CONTEXT = ts.Context()
 # Retries of a read whose artifact was replaced meanwhile.
 _READ_AGAIN = 20
+# Opens what only has to be known by its number, and waits for nothing.
+_NOT_READ = getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK)
 
 
 class Store:
@@ -45,14 +48,27 @@ class Store:
         path = local_path(self.location)
         try:
             self._root = None if path is None else os.path.realpath(path)
-            self._identity = self._look()
+            self._identity = None if self._root is None else self._hold(self._root)
             if self._root is None:
                 self._kv = ts.KvStore.open(self.location.rstrip("/") + "/", context=_CONTEXT).result()
         except Exception as error:  # each TensorStore driver has its own error types
             raise ArtifactError(f"{self.location}: cannot be opened: {error}") from error
 
+    def _hold(self, folder: str) -> tuple[int, int] | None:
+        """Identify the folder, to detect a replacement; None if it does not exist.
+
+        It stays open with the store: the system gives the number of a deleted folder to the next that is made.
+        """
+        try:
+            opened = os.open(folder, _NOT_READ)
+        except OSError:
+            return None
+        weakref.finalize(self, os.close, opened)
+        found = os.fstat(opened)
+        return found.st_dev, found.st_ino
+
     def _look(self) -> tuple[int, int] | None:
-        """Identify the folder, to detect a replacement; None if it does not exist, or in an object store."""
+        """Identify the folder that is there now; None if there is none, or in an object store."""
         path = local_path(self.location)
         try:
             found = None if path is None else os.stat(path)

@@ -81,8 +81,9 @@ class Watchdog:
         """Who hangs, as text for people; empty if nobody does.
 
         Processes wait for each other in collectives. So while one is in a slower phase, within its limit, the time of
-        those that train does not count. Of those that are late, the one with the fewest steps is named, and at one step
-        the one that has no batch: the rest wait for it.
+        those that train does not count, and nobody hangs who waits for one with fewer steps that is not late. Of those
+        that are late, the one with the fewest steps is named, and at one step the one that has no batch: the rest wait
+        for it.
         """
         for rank, beat in enumerate(beats):
             last = self._seen[rank].beat
@@ -93,6 +94,8 @@ class Watchdog:
         if any(self._seen[rank].beat.phase not in _STEPPING for rank in alive if rank not in late):
             self._excused_until_s = now_s
             late = [rank for rank in late if self._seen[rank].beat.phase not in _STEPPING]
+        behind = min((self._seen[rank].beat.step for rank in alive if rank not in late), default=None)
+        late = [rank for rank in late if behind is None or self._seen[rank].beat.step <= behind]
         if not late:
             return ""
         worst = min(late, key=self._order)

@@ -98,6 +98,15 @@ def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path, dense_artifac
     assert read(tmp_path / "m.lepton").manifest.name == "text"
 
 
+def test_each_save_is_another_folder_for_those_who_read(tmp_path, dense_artifact):
+    """The system gives the number of a deleted folder to the next one."""
+    stores = []
+    for _ in range(4):
+        dense_artifact.save(tmp_path / "m.lepton", overwrite=True)
+        stores.append(Store(tmp_path / "m.lepton"))
+    assert [store.is_replaced for store in stores] == [True, True, True, False]
+
+
 def test_readers_beside_a_writer_always_find_one(tmp_path, dense_artifact, text_artifact):
     path = tmp_path / "m.lepton"
     one, two = dense_artifact, text_artifact

@@ -54,6 +54,13 @@ def test_before_the_first_beat_the_limit_is_that_of_compiling():
     assert "has not told any progress yet" in follow((101.0, [None]))
 
 
+def test_who_waits_for_one_behind_is_not_named():
+    """Rank 0 could go on to step 22, and was still before rank 1 was; that one is not late yet as rank 0 would be."""
+    first, then = [(22, "step"), (19, "step")], [(22, "step"), (20, "step")]
+    text = follow((1.0, first), (3.0, then), (14.0, then))
+    assert text.startswith("rank 1 hangs: no progress for 10.2 s, the limit is 10 s; it is at step 20 in phase step")
+
+
 def test_the_one_behind_is_named():
     """Rank 1 sleeps in its data; rank 0 has begun the next step and waits for it."""
     seen = [(42, "step"), (41, "step"), (42, "step")]
