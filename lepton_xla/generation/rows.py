@@ -48,6 +48,15 @@ def rows_of(sequences: Sequence[Sequenced], steps: Steps) -> Rows:
     return inputs, {REPLY: _padded([each.tokens for each in sequences], steps.capacity), CERTAINTY: certainties}
 
 
+def text_of_tokens(tokens: Sequence[int]) -> str:
+    """The text of a reply of a model without a tokenizer, as feedback knows it: its tokens, separated by blanks.
+
+    >>> text_of_tokens([5, 3])
+    '5 3'
+    """
+    return " ".join(map(str, tokens))
+
+
 def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
     found = np.zeros((len(rows), length), np.int32)
     for into, row in zip(found, rows, strict=True):

@@ -12,6 +12,7 @@ from lepton_xla.compiler import Servable
 from lepton_xla.dtypes import classes_of
 from lepton_xla.errors import LearningError
 from lepton_xla.evaluation.intervals import sign_test
+from lepton_xla.generation.rows import text_of_tokens
 from lepton_xla.modelspec import Predict, figures_of
 
 
@@ -115,9 +116,9 @@ def replied(model: Servable, prompts: Sequence[Sequence[int]]) -> list[str]:
 
 
 def text_of(model: Servable, tokens: Sequence[int]) -> str:
-    """The text of a reply, as feedback knows it: without a tokenizer its tokens, separated by blanks."""
+    """The text of a reply, as feedback knows it."""
     tokenizer = model.generator.tokenizer
-    return " ".join(map(str, tokens)) if tokenizer is None else tokenizer.decode(tokens)
+    return text_of_tokens(tokens) if tokenizer is None else tokenizer.decode(tokens)
 
 
 def _verdict(

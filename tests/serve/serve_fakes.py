@@ -18,6 +18,16 @@ from lepton_xla.program import TensorSpec
 from lepton_xla.serve.http.response import Response
 
 
+class Ascii:
+    """A tokenizer of 128 tokens: a letter each."""
+
+    def encode(self, text):
+        return [ord(letter) % 128 for letter in text]
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
 class Affine:
     """y = 2 x + n and total = sum of n over nothing: two inputs, two outputs, rows independent.
 

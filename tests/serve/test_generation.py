@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from serve_fakes import counted, exchange, raw_request
+from serve_fakes import Ascii, counted, exchange, raw_request
 
 from lepton_xla.generation import Engine
 from lepton_xla.program import TensorSpec
@@ -52,14 +52,6 @@ class Steps:
 
     def reset(self):
         pass
-
-
-class Ascii:
-    def encode(self, text):
-        return [ord(letter) % VOCABULARY for letter in text]
-
-    def decode(self, tokens):
-        return "".join(map(chr, tokens))
 
 
 class Letters:

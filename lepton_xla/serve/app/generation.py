@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from lepton_xla.errors import InputError, LeptonError
+from lepton_xla.generation.rows import text_of_tokens
 from lepton_xla.generation.sampling import Sampling
 from lepton_xla.generation.slots import Generation
 from lepton_xla.serve.batching.decoding import Decoding
@@ -474,8 +475,8 @@ class GenerationPages:
 
 
 def _text_of(sequence: Generation) -> str:
-    """The text of a reply; of a model without a tokenizer its tokens, separated by blanks."""
-    return " ".join(map(str, sequence.tokens)) if sequence.text is None else sequence.text.text
+    """The text of a reply, as feedback knows it."""
+    return text_of_tokens(sequence.tokens) if sequence.text is None else sequence.text.text
 
 
 def _check_coding(exchange: Exchange) -> None:

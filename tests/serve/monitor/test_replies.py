@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from serve_fakes import exchange
+from serve_fakes import Ascii, exchange
 
 import lepton_xla as lx
 from lepton_xla.generation import Engine
@@ -41,14 +41,6 @@ class Steps:
 
     def reset(self):
         pass
-
-
-class Ascii:
-    def encode(self, text):
-        return [ord(letter) % VOCABULARY for letter in text]
-
-    def decode(self, tokens):
-        return "".join(map(chr, tokens))
 
 
 class Letters:
