@@ -35,7 +35,7 @@ from lepton_xla.tuning.trials import Trial, Workshop, digest, predictor
 PRESETS = ("int8", "int8-weight-only", "int4-weight-only", "codebook16")
 ANY_TIME = Budget()
 # Of what a journal keeps; changes with the fields of a trial.
-FORMAT = 7
+FORMAT = 8
 
 
 @takes(program=Program, constraints=Constraints, budget=Budget, training=TrainSpec)
