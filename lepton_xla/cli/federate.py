@@ -285,15 +285,21 @@ def client(
     from lepton_xla.cli import _models
     from lepton_xla.federated.flower import processes
     from lepton_xla.federated.members import Member
+    from lepton_xla.federated.partitions import part_of
 
-    Member(_models.load_target(target, federated.FederatedSpec), folder)  # what does not fit fails here
+    spec = _models.load_target(target, federated.FederatedSpec)
+    Member(spec, folder)  # what does not fit fails here
+    if part is not None:
+        part_of(spec.table(), part, spec.label, concentration or 0.0)
     place = pathlib.Path(folder).absolute()
     config: dict[str, str | float] = {"target": _absolute(target), "folder": str(place)}
     config |= {} if part is None else {"part": part}
     config |= {} if concentration is None else {"concentration": float(concentration)}
     config |= {} if most_epsilon is None else {"most_epsilon": float(most_epsilon)}
     authorities = None if tls_ca is None else str(pathlib.Path(tls_ca).absolute())
-    code = processes.run_client(place, server, authorities, config, own_port)
+    with _common.progress() as step:
+        step(f"take part at {server} until this is ended; log: {place / 'supernode.log'}")
+        code = processes.run_client(place, server, authorities, config, own_port)
     if code:
         raise LeptonError(f"Flower's node ended with code {code}; see {place / 'supernode.log'}")
 

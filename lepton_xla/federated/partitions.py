@@ -56,6 +56,44 @@ def partition(
     return [{name: column[part] for name, column in columns.items()} for part in places]
 
 
+def place_of(part: str) -> tuple[int, int]:
+    """K and N of `K/N`, the client of a trial and how many there are.
+
+    Raises:
+        FederatedError: if it is anything else.
+
+    >>> place_of("1/3")
+    (1, 3)
+    """
+    try:
+        number, count = (int(text) for text in part.split("/"))
+        if not 1 <= number <= count:
+            raise ValueError
+    except ValueError:
+        raise FederatedError(f"part = {part!r}; expected K/N, such as 1/3") from None
+    return number, count
+
+
+def part_of(rows: Rows, part: str, label: str, concentration: float) -> dict[str, np.ndarray]:
+    """The rows of one client of a trial.
+
+    Args:
+        rows: all rows.
+        part: `K/N`.
+        label: a column of classes.
+        concentration: of `partition`, which then spreads the classes unevenly; 0 deals the rows out evenly.
+
+    Raises:
+        FederatedError: if there is no such part, or the rows cannot be split.
+
+    >>> part_of({"x": np.arange(6), "label": np.zeros(6)}, "1/3", "label", 0.0)["x"].shape
+    (2,)
+    """
+    number, count = place_of(part)
+    parts = partition(rows, count, label=label if concentration else None, concentration=concentration or 1.0)
+    return parts[number - 1]
+
+
 def rows_of(columns: Mapping[str, Any]) -> int:
     """The number of rows.
 

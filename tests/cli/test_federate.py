@@ -58,6 +58,20 @@ def test_refuses_settings_in_one_line(cli, target, options, message):
     assert message in cli.refused("federate", "simulate", target, *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--part", "4/3"], "part = '4/3'; expected K/N"),
+        (["--part", "1/99"], "90 rows cannot be split among 99 clients"),
+        (["--tls-ca", "ca.pem"], "ca.pem: there is no such file"),
+    ],
+)
+def test_a_client_that_could_never_take_part_does_not_start(cli, tmp_path, target, options, message):
+    pytest.importorskip("flwr")
+    at = ("--server", "127.0.0.1:1", "--folder", tmp_path / "kept")
+    assert message in cli.refused("federate", "client", target, *at, *options)
+
+
 def test_the_commands_and_the_library_know_the_same_updates():
     (option,) = (each for each in federate.commands["simulate"].params if each.name == "updates")
     assert tuple(option.type.choices) == FORMATS

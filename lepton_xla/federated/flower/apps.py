@@ -29,7 +29,7 @@ from lepton_xla.federated.flower.messages import (
 )
 from lepton_xla.federated.flower.secure import Workflow, answer_secure, is_secure
 from lepton_xla.federated.members import Answer, Member, digest_of
-from lepton_xla.federated.partitions import partition
+from lepton_xla.federated.partitions import part_of, place_of
 from lepton_xla.federated.results import RoundReport
 from lepton_xla.federated.settings import Federation
 from lepton_xla.federated.specs import FederatedSpec
@@ -93,7 +93,7 @@ def _take_part(vector: np.ndarray, task: Any, config: Any, node: int) -> Answer:
     if digest != digest_of(Client(member.weights, settings)):
         raise FederatedError("the server's model has other weights than this client's: paths or shapes differ")
     # In a trial it is the client of this place in the simulation, whose rows come in the same order.
-    number = _place(part)[0] - 1 if part else node % (1 << 31)
+    number = place_of(part)[0] - 1 if part else node % (1 << 31)
     return member.answer(vector, settings, round_, number)
 
 
@@ -103,23 +103,9 @@ def _member(target: str, folder: pathlib.Path, part: str, concentration: float, 
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     spec = load_named(target, FederatedSpec)
-    if not part:
-        return Member(spec, folder, most)
-    number, count = _place(part)
-    label = spec.label if concentration else None
-    parts = partition(spec.table(), count, label=label, concentration=concentration or 1.0)
-    return Member(spec.replace(rows=parts[number - 1]), folder, most)
-
-
-def _place(part: str) -> tuple[int, int]:
-    """K and N of `K/N`, the client of a trial and how many there are."""
-    try:
-        number, count = (int(text) for text in part.split("/"))
-        if not 1 <= number <= count:
-            raise ValueError
-    except ValueError:
-        raise FederatedError(f"part = {part!r}; expected K/N, such as 1/3") from None
-    return number, count
+    if part:
+        spec = spec.replace(rows=part_of(spec.table(), part, spec.label, concentration))
+    return Member(spec, folder, most)
 
 
 # The server.

@@ -172,8 +172,8 @@ def run_client(
         own_port: on loopback, where the SuperNode's own processes find it; 0 takes a free one.
 
     Raises:
-        FederatedError: if Flower is not installed, the address has no port, or it is not of this machine and there is
-            no TLS.
+        FederatedError: if Flower is not installed, the address has no port, it is not of this machine and there is no
+            TLS, or the file of certificates is missing.
     """
     flower("clientapp")
     host, colon, port = server.rpartition(":")
@@ -181,6 +181,8 @@ def run_client(
         raise FederatedError(f"--server {server!r}: expected HOST:PORT, such as 127.0.0.1:9092")
     if authorities is None and not is_loopback(host.strip("[]")):
         raise FederatedError(f"{host} is another machine, so updates need TLS: give --tls-ca")
+    if authorities is not None and not pathlib.Path(authorities).is_file():
+        raise FederatedError(f"--tls-ca {authorities}: there is no such file")
     folder.mkdir(parents=True, exist_ok=True)
     home = folder / "flower"
     home.mkdir(exist_ok=True)
