@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;"
-    "text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}"
-    "pre{background:#f5f5f5;padding:.6rem;overflow:auto}svg{max-width:100%}tr.best{background:#eaf4ea}"
+    "table{border-collapse:collapse;margin:1rem 0;display:block;max-width:100%;overflow-x:auto}"
+    "td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
+    "td.n{text-align:right;font-variant-numeric:tabular-nums}"
+    "pre{background:#f5f5f5;padding:.6rem;overflow:auto}svg{max-width:100%;height:auto}tr.best{background:#eaf4ea}"
+    "h1{overflow-wrap:anywhere}"
+    "@media(max-width:45rem){h1{font-size:1.4rem}td,th{white-space:nowrap}svg.wide text{font-size:1.5em}}"
 )
 
 
@@ -19,7 +22,8 @@ def document(title: str, parts: Sequence[str]) -> str:
     >>> "<title>a &lt; b</title>" in document("a < b", ["<p>less</p>"])
     True
     """
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>'
+    head = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    head += f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escaped(title)}</title>'
     return f"{head}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
 
 

@@ -214,6 +214,8 @@ def tune(
         _common.check_free(artifact, overwrite=overwrite)
     for path in (output, report, journal, points):
         _common.check_folder(path)
+    if points is not None and pathlib.Path(points).exists() and not pathlib.Path(points).is_dir():
+        raise click.UsageError(f"--points {points} is a file; give a folder")
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla import compiler
@@ -234,6 +236,7 @@ def tune(
         check_objective(objective, constraints)
         cheapest = None
         if slo is not None and rate is not None and prices is not None:
+            step(f"find the compilers of {targets}")
             cheapest = _cheapest(slo, rate, targets, prices)
         budget = Budget(minutes, trials, trainings, rebuild=artifact is not None)
         step(f"load {target}")
@@ -268,47 +271,52 @@ def tune(
             storage=storage,
             new_journal=new_journal,
         )
+    if not as_json:  # before anything that takes long, or may fail
+        _print(target, found)
+    with _common.progress() as step:
         if output is not None and found.best is not None:
             text = found.best.recipe
             _common.write(output, lambda: pathlib.Path(output).write_text(text, encoding="utf-8"))
-        if artifact is not None and found.best is not None:
-            step(f"build {found.best.name} again")
-            made = _compiled(spec, found, sizes, name)
-            made.save(artifact, overwrite=overwrite)
-            if key is not None:
-                compiler.sign(artifact, key=key)
-        served = None
-        if cheapest is not None:
-            step("predict and simulate servers")
-            served = cheapest(program, found)
         if points is not None:
             _common.write(points, lambda: _write_points(pathlib.Path(points), found))
         if report is not None:
             _common.write(report, lambda: pathlib.Path(report).write_text(page(target, found), encoding="utf-8"))
+        if artifact is not None and found.best is not None:
+            step(f"build {found.best.name} again")
+            made = _compiled(spec, found, sizes, name, step)
+            made.save(artifact, overwrite=overwrite)
+            if key is not None:
+                compiler.sign(artifact, key=key)
+        served = None if cheapest is None else cheapest(program, found, step)
     if as_json:
         more = {} if served is None else {"deployments": dataclasses.asdict(served)}
         _common.print_json({"target": target, **found.to_json(), **more})
-    else:
-        _print(target, found)
-        if served is not None and slo is not None:
-            _print_served(served, slo)
+    elif served is not None and slo is not None:
+        _print_served(served, slo)
     if found.best is None:
         why = next((f": {trial.failure}" for trial in found.trials if trial.failure), "")
         nearest = f"the nearest is {found.nearest.name}" if found.nearest is not None else f"nothing was measured{why}"
         raise TuningError(f"no recipe that was measured keeps to the constraints; {nearest}")
 
 
-def _cheapest(slo: str, rate: float, targets: str, prices: str) -> Callable[[Program, Tuning], Deployments]:
+type _Cheapest = Callable[[Program, Tuning, _common.Step], Deployments]
+
+
+def _cheapest(slo: str, rate: float, targets: str, prices: str) -> _Cheapest:
     """Checks what is asked for, and returns what finds the cheapest way to serve what was tuned."""
-    from lepton_xla.tuning.deployments import CPU, Prices, Slo, deploy, predicted_us
+    from lepton_xla.tuning.deployments import CPU, Prices, Slo, deploy, predicted_us, why_unknown
     from lepton_xla.tuning.trials import as_loaded
 
     limit, priced = Slo.parse(slo), Prices.load(prices)
-    names = [each.strip() for each in targets.split(",") if each.strip()]
+    names = list(dict.fromkeys(each.strip() for each in targets.split(",") if each.strip()))
     # Before anything is tuned: a target without a price, or a rate that is none.
     deploy({}, lambda _target, _recipe: {}, targets=names, prices=priced, slo=limit, rate=rate)
+    unknown = {each: why_unknown(each, priced) for each in names}
+    for name, why in unknown.items():
+        if why and name != CPU and not any(each.target == name for each in priced.measured):
+            click.echo(f"{name}: {why}", err=True)
 
-    def find(program: Program, found: Tuning) -> Deployments:
+    def find(program: Program, found: Tuning, step: _common.Step) -> Deployments:
         shape = next(iter(program.inputs.values())).shape
         batch = shape[0] if shape and isinstance(shape[0], str) else None
         holding = [each for each in found.trials if each.excess(found.constraints) == 0]
@@ -328,12 +336,20 @@ def _cheapest(slo: str, rate: float, targets: str, prices: str) -> Callable[[Pro
 
         @functools.cache
         def built(recipe: str) -> Program:
-            return as_loaded(found.build(chosen[recipe])) if recipe != "float" else program
+            if recipe == "float":
+                return program
+            if chosen[recipe].training and chosen[recipe] != found.best:
+                raise TuningError("of what was trained, times are predicted of the best only: others take a training")
+            step(f"build {recipe} again, for compilers that predict its times")
+            return as_loaded(found.build(chosen[recipe]))
 
         def predict(target: str, recipe: str) -> dict[int, float]:
+            step(f"predict and simulate servers of {recipe} on {target}")
             if target == CPU and recipe in chosen and "latency" in chosen[recipe].estimates:
                 share = chosen[recipe].estimates["latency"]
                 return by_rows([share * us for us in chosen[recipe].float_us])
+            if unknown[target]:
+                raise TuningError(unknown[target])
             return by_rows([predicted_us(built(recipe), at, target) for at in found.sizes])
 
         return deploy(here, predict, targets=names, prices=priced, slo=limit, rate=rate)
@@ -365,7 +381,9 @@ def _print_served(served: Deployments, slo: str) -> None:
         _common.show("Nothing was both predicted and measured, so how far predictions are off is not known.")
 
 
-def _compiled(spec: ModelSpec, found: Tuning, sizes: Mapping[str, Sequence[int]], name: str) -> Artifact:
+def _compiled(
+    spec: ModelSpec, found: Tuning, sizes: Mapping[str, Sequence[int]], name: str, step: _common.Step
+) -> Artifact:
     """The artifact of the best, with its recipe, the profile of the calibration data and a certificate."""
     import msgspec
 
@@ -380,7 +398,9 @@ def _compiled(spec: ModelSpec, found: Tuning, sizes: Mapping[str, Sequence[int]]
     batches, examples = _models.calibration(spec, program)
     # `leptonx learn` lowers what it has learned by the recipe that it finds in the artifact.
     recipe = msgspec.to_builtins(Recipe.parse(found.best.recipe, name=found.best.name))
+    step(f"compile {found.best.name}")
     made = compiler.compile(program, sizes, name=name, examples=examples, recipe=recipe).with_profile(batches or ())
+    step(f"certify {found.best.name}")
     weights_bytes = stored_bytes(name_leaves(program.weights))
     return made.with_certificate(found.certify(made.servable(), weights_bytes))
 
@@ -392,6 +412,8 @@ def _write_points(folder: pathlib.Path, found: Tuning) -> None:
 
 
 def _print(target: str, found: Tuning) -> None:
+    from lepton_xla.tuning.summaries import summary
+
     columns = (
         "recipe", "from", f">{found.metric}", "drop on rows held back", ">on disk", ">in memory",
         ">operations", ">time", "",
@@ -400,7 +422,9 @@ def _print(target: str, found: Tuning) -> None:
     if found.best is not None:
         marks[found.best.name] = "the best"
     rows = [_row(trial, found.metric, marks.get(trial.name, "")) for trial in found.trials]
-    _common.show(_common.table(f"{target}: {len(rows)} recipes measured", columns, rows), *_lines(found))
+    sites = [f"{site}: {became}" for site, became in found.best.choices.items()] if found.best is not None else []
+    title = f"{target}: {len(rows)} recipe{'s' * (len(rows) != 1)} measured"
+    _common.show(_common.table(title, columns, rows), *summary(found), *sites)
 
 
 def _row(trial: Trial, metric: str, mark: str) -> list[str]:
@@ -417,33 +441,3 @@ def _row(trial: Trial, metric: str, mark: str) -> list[str]:
         f"{trial.latency:.2f}",
         mark,
     ]
-
-
-def _lines(found: Tuning) -> list[str]:
-    ends = {
-        "done": "There was nothing left to try.",
-        "time": "The time was up.",
-        "trials": "All trials were spent.",
-        "interrupted": "Interrupted; this is what was found so far.",
-    }
-    metric, on_disk = found.float_metrics[found.metric], _common.size(found.float_bytes)
-    operations = f"; in float {_common.short(found.float_operations)}" if found.float_operations else ""
-    lines = [
-        f"The float model has {found.metric} {metric:.6g} and takes {on_disk} on disk. time: of a call, float's is 1.",
-        f"operations: multiply-adds of a call by weights that are not zero{operations}.",
-        f"{ends[found.stopped]} It took {_common.seconds(found.seconds)}.",
-    ]
-    if found.skipped:
-        lines.append(f"There was no time for: {'; '.join(found.skipped)}.")
-    if found.correlations:
-        ranks = ", ".join(f"{kind} {value:.2f}" for kind, value in found.correlations.items())
-        lines.append(f"Rank correlation of estimates and measurements: {ranks}.")
-    shown = found.best
-    if shown is not None and shown.reported is not None and shown.reported.enough:
-        lines.append(f"The rows are too few to be sure of the best's drop: about {shown.reported.enough:,} would do.")
-    if shown is not None and shown.training:
-        how = ", ".join(f"{name} {value:.3g}" for name, value in shown.training.items())
-        lines.append(f"The best was trained ({how}), so its recipe alone does not make it: --artifact does.")
-    if shown is not None:
-        lines += [f"{site}: {became}" for site, became in shown.choices.items()]
-    return lines

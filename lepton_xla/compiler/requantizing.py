@@ -128,6 +128,7 @@ def with_weights(
         compile_s={},
         programs_note="",
         metrics={},
+        certificate=None,  # it was measured of other weights
         golden=None,
         generation=manifest.generation and manifest.generation.bare(),
         files={},

@@ -159,6 +159,7 @@ def _of_program(base: Servable, program: Program) -> Artifact:
         fit="",
         golden=None,
         metrics={},
+        certificate=None,  # it was measured of other weights
         float32_bytes=float32_bytes(program),
         reports=tuple(report.to_json() for report in program.history),
         made_by=made_by(Fingerprint.of(base.runtime.devices.first, 1)),

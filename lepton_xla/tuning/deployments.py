@@ -25,12 +25,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lepton_xla.errors import LeptonError, TuningError, first_line
 from lepton_xla.program import Program
-from lepton_xla.sharding.topologies import topology_devices
+from lepton_xla.sharding.topologies import device_count, topology_devices
 
 # Requests that are simulated, of which the first tenth is not looked at, and the most replicas that are tried.
 _REQUESTS, _MOST_REPLICAS = 20_000, 1 << 14
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 CPU = "cpu"
+_NO_TIMES = "XLA's compiler for CPUs predicts no times"
 
 type Times = Mapping[int, float]
 """Rows of a call -> its microseconds."""
@@ -220,8 +221,11 @@ def deploy(
         if ways:
             found.append(min(ways, key=lambda each: each.per_million))
         else:
-            least = min(times.values(), default=math.inf) / 1e3
-            refused.append((target, recipe, f"a call alone takes {least:.3g} ms: no number of replicas keeps to it"))
+            least = min(times.values(), default=math.inf) * 1e-6
+            alone = f"a call alone takes {1e3 * least:.3g} ms: no number of replicas keeps to it"
+            refused.append(
+                (target, recipe, alone if least > slo.seconds else f"takes over {_MOST_REPLICAS:,} replicas")
+            )
     return Deployments(
         tuple(sorted(found, key=lambda each: (each.per_million, each.seconds))), tuple(refused), tuple(compared)
     )
@@ -291,6 +295,36 @@ def mesh_of(target: str) -> str:
     return f"data={devices}" if devices > 1 else ""
 
 
+def why_unknown(target: str, prices: Prices) -> str:
+    """Why a target's compiler cannot predict times; empty if it may, or if the target has times that were measured.
+
+    Raises:
+        TuningError: if there is no such target, and nothing that was measured on it.
+
+    >>> why_unknown("cpu", Prices({"cpu": 1.0}))
+    "XLA's compiler for CPUs predicts no times"
+    >>> why_unknown("a machine", Prices({"a machine": 1.0}))
+    Traceback (most recent call last):
+    lepton_xla.errors.TuningError: topology 'a machine:1': expected ...
+    """
+    if target == CPU:
+        return _NO_TIMES
+    try:
+        topology_devices(_topology(target))
+    except LeptonError as error:
+        if not any(each.target == target for each in prices.measured):
+            try:
+                device_count(_topology(target))
+            except LeptonError as other:
+                raise TuningError(first_line(other)) from error
+        return first_line(error)
+    return ""
+
+
+def _topology(target: str) -> str:
+    return target if ":" in target else f"{target}:1"
+
+
 def predicted_us(program: Program, sizes: Mapping[str, int], target: str) -> float:
     """Have a target's compiler predict the time of a call; its devices share the rows of a batch.
 
@@ -308,10 +342,9 @@ def predicted_us(program: Program, sizes: Mapping[str, int], target: str) -> flo
     lepton_xla.errors.TuningError: topology 'no such thing:1x1': ...
     """
     if target == CPU:
-        raise TuningError("XLA's compiler for CPUs predicts no times, and nothing was measured")
-    name = target if ":" in target else f"{target}:1"
+        raise TuningError(_NO_TIMES)
     try:
-        mesh = Mesh(np.array(topology_devices(name)), ("data",))
+        mesh = Mesh(np.array(topology_devices(_topology(target))), ("data",))
         whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
         def placed(leaf: Any, sharding: NamedSharding) -> Any:

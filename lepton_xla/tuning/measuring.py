@@ -213,6 +213,7 @@ class Search:
                 done, began = first
                 rest = (self._pace.seconds - began) / (share - done) * (1 - share) if share > done else 0.0
                 self._pace.check(reserve_s=self._reserve_s, rest_s=rest)
+                say(f"train, {share:.0%} done")
 
             program = trainer.train(recipe, settings, check, at)
             share, began = first or (0.0, self._pace.seconds)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from lepton_xla.documents import document, drawn_table, escaped, scaled
 from lepton_xla.tables import short, size
 from lepton_xla.tuning.results import Tuning
+from lepton_xla.tuning.summaries import summary
 from lepton_xla.tuning.trials import Trial
 
-_WIDTH, _HEIGHT, _MARGIN = 720, 380, 60
+_WIDTH, _HEIGHT, _MARGIN = 720, 380, 84
 
 
 def page(target: str, found: Tuning) -> str:
@@ -23,19 +25,14 @@ def page(target: str, found: Tuning) -> str:
     (True, False)
     """
     title = f"{target}: recipes within constraints"
-    asked = ", ".join(f"{key} = {value}" for key, value in found.constraints.given().items())
-    said = [
-        f"Objective: {found.objective}. Constraints: {asked or 'none'}.",
-        f"Metric: {found.metric}, {found.float_metrics.get(found.metric, math.nan):.6g} in float.",
-        f"The float model takes {size(found.float_bytes)} on disk.",
-        *([f"A call of it takes {short(found.float_operations)} multiply-adds."] if found.float_operations else []),
-        f"Ended: {found.stopped}, after {found.seconds:.0f} s.",
-    ]
     parts = [
         f"<h1>{escaped(title)}</h1>",
-        f"<p>{escaped(' '.join(said))}</p>",
+        f"<p>{'<br>'.join(map(escaped, summary(found)))}</p>",
         "<h2>Drop and size</h2>",
-        _plot(found),
+        _plot(found, "on disk", lambda trial: trial.bytes, lambda value: size(round(value))),
+        "<h2>Drop and time</h2>",
+        _plot(found, "of float's time", lambda trial: trial.latency, lambda value: f"{value:.2f}"),
+        f"<p>{escaped(_legend(found))}</p>",
         "<h2>Measured</h2>",
         _table(found),
         "<h2>What each weight became</h2>",
@@ -46,34 +43,57 @@ def page(target: str, found: Tuning) -> str:
     return document(title, parts)
 
 
-def _plot(found: Tuning) -> str:
-    """Bytes across, on a logarithmic axis; the drop upwards."""
-    trials = [trial for trial in found.trials if not trial.failure]
-    if not trials:
-        return "<p>Nothing was measured.</p>"
-    sizes = [math.log10(max(trial.bytes, 1)) for trial in trials]
-    drops = [trial.judged for trial in trials]
-    across = scaled(sizes, _MARGIN, _WIDTH - _MARGIN)
-    up = scaled(drops, _HEIGHT - _MARGIN, _MARGIN)
-    frontier = {trial.name for trial in found.frontier}
-    marks: list[str] = []
-    for trial, x, y in zip(trials, across, up, strict=True):
-        is_best = found.best is not None and trial.name == found.best.name
-        color = "#2a7d2e" if is_best else "#3b6ea5" if trial.name in frontier else "#bbb"
-        said = f"{trial.name}: {size(trial.bytes)}, {trial.judged:+.2f} points, {trial.latency:.2f} of float's time"
-        marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{color}"><title>{escaped(said)}</title></circle>')
-    largest = escaped(size(int(10 ** max(sizes))))
-    ends = [
-        f'<text x="{_MARGIN}" y="{_HEIGHT - 20}">{escaped(size(int(10 ** min(sizes))))}</text>',
-        f'<text x="{_WIDTH - _MARGIN}" y="{_HEIGHT - 20}" text-anchor="end">{largest} on disk</text>',
-        f'<text x="4" y="{_HEIGHT - _MARGIN}">{min(drops):+.2f}</text>',
-        f'<text x="4" y="{_MARGIN - 20}">{max(drops):+.2f} points lost</text>',
-    ]
-    axes = f'<path d="M{_MARGIN - 12} 30V{_HEIGHT - 44}H{_WIDTH - 30}" fill="none" stroke="#888"/>'
+def _legend(found: Tuning) -> str:
+    kinds = {"bytes": "bytes on disk", "latency": "time", "metric": "drop"}
+    asked = kinds.get(found.objective, found.objective)
+    others = [each for each in ("drop", "bytes on disk", "time") if each != asked]
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{axes}{"".join(marks + ends)}</svg>'
-        "<p>Green: the best. Blue: no other is better in drop, bytes and time at once. Grey: the rest.</p>"
+        f"Green, larger: the best, with the least {asked} within the constraints. Blue: no other is better in {asked}, "
+        f"{' and '.join(others) if len(others) == 2 else ', '.join(others)} at once. Grey: the rest. Dashed: the drop "
+        "that is allowed; what lost more than four times that is drawn at the top."
     )
+
+
+def _plot(found: Tuning, unit: str, value: Callable[[Trial], float], text: Callable[[float], str]) -> str:
+    """A value across, on a logarithmic axis; the drop upwards. The best is drawn last, over what lies below it."""
+    measured = [trial for trial in found.trials if not trial.failure]
+    if not measured:
+        return "<p>Nothing was measured.</p>"
+    frontier = {trial.name for trial in found.frontier}
+    best = found.best.name if found.best is not None else None
+    trials = sorted(measured, key=lambda trial: (trial.name == best, trial.name in frontier))
+    allowed = found.constraints.max_drop
+    least = min(trial.judged for trial in trials)
+    most = max(4 * max(allowed, 0.1), least) if allowed is not None else math.inf
+    drops = [min(trial.judged, most) for trial in trials]
+    limit = [allowed] if allowed is not None and min(drops) <= allowed <= max(drops) else []
+    across = scaled([math.log10(max(value(trial), 1e-9)) for trial in trials], _MARGIN, _WIDTH - _MARGIN)
+    up = scaled([*drops, *limit], _HEIGHT - _MARGIN, 60)
+    drawn = [f'<path d="M{_MARGIN - 12} 40V{_HEIGHT - 60}H{_WIDTH - 30}" fill="none" stroke="#888"/>']
+    drawn += [
+        f'<path d="M{_MARGIN - 12} {y:.1f}H{_WIDTH - 30}" stroke="#888" stroke-dasharray="4"/>'
+        for y in up[len(drops) :]
+    ]
+    for trial, x, y in zip(trials, across, up, strict=False):
+        color, radius = (
+            ("#2a7d2e", 8) if trial.name == best else ("#3b6ea5", 6) if trial.name in frontier else ("#bbb", 6)
+        )
+        said = (
+            f"{trial.name}: {trial.judged:+.2f} points lost, {size(trial.bytes)}, {trial.latency:.2f} of float's time"
+        )
+        drawn.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{color}" stroke="#fff"><title>{escaped(said)}'
+            "</title></circle>"
+        )
+    low, high = (text(edge(map(value, trials))) for edge in (min, max))
+    more = " or more" if max(trial.judged for trial in trials) > most else ""
+    drawn += [
+        f'<text x="{_MARGIN}" y="{_HEIGHT - 30}">{escaped(low)}</text>',
+        f'<text x="{_WIDTH - _MARGIN}" y="{_HEIGHT - 30}" text-anchor="end">{escaped(f"{high} {unit}")}</text>',
+        f'<text x="4" y="{_HEIGHT - _MARGIN}">{min(drops):+.2f}</text>',
+        f'<text x="4" y="30">{max(drops):+.2f} points lost{more}</text>',
+    ]
+    return f'<svg class="wide" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(drawn)}</svg>'
 
 
 def _table(found: Tuning) -> str:

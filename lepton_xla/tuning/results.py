@@ -110,10 +110,15 @@ class Tuning:
 
     @property
     def frontier(self) -> tuple[Trial, ...]:
-        """The trials that no other beats in drop, bytes on disk, latency and objective at once, the smallest first."""
+        """The best, and the trials that no other beats in drop, bytes on disk, latency and objective at once.
+
+        The smallest first; of trials that are equal in all of these, one.
+        """
         measured = [(self._point(trial), trial) for trial in self.trials if not trial.failure]
         kept = [(point, trial) for point, trial in measured if not any(_beats(other, point) for other, _ in measured)]
-        unique = dict(reversed(kept))
+        # What is as good at the objective as the best, and was not chosen, may be better at what was not asked for.
+        best = {} if self.best is None else {self._point(self.best): self.best}
+        unique = dict(reversed(kept)) | best
         return tuple(sorted(unique.values(), key=lambda trial: trial.bytes))
 
     def _point(self, trial: Trial) -> tuple[float, ...]:

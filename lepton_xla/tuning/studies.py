@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import socket
 import statistics
 import time
@@ -32,6 +33,8 @@ type Settings = dict[str, float]
 _STARTUP, _JUDGES = 8, 3
 # Seconds that a database of SQLite may be locked, and pauses between attempts to open one.
 _WAIT_S, _PAUSES_S = 60, (0.1, 0.3, 1.0)
+# What each line of Optuna's journal begins with.
+_LINE = b'{"op_code":'
 
 
 def _told[**P, R](method: Callable[P, R]) -> Callable[P, R]:
@@ -258,11 +261,27 @@ def _opened(optuna: Any, storage: str | os.PathLike[str]) -> Any:
         return _database(optuna, os.fspath(storage))
     journal: Any = importlib.import_module("optuna.storages.journal")
     try:
-        backend: Any = journal.JournalFileBackend(os.fspath(storage))
+        lock: Any = journal.JournalFileSymlinkLock(os.fspath(storage))
+        backend: Any = journal.JournalFileBackend(os.fspath(storage), lock)
+        lock.acquire()
+        try:
+            _mend(pathlib.Path(storage))
+        finally:
+            lock.release()
         list(backend.read_logs(0))
         return optuna.storages.JournalStorage(backend)
     except (OSError, ValueError) as error:
         raise TuningError(f"{os.fspath(storage)}: Optuna's journal cannot be read: {error}") from error
+
+
+def _mend(path: pathlib.Path) -> None:
+    """Cut the line that a killed process was writing, or the next would be written behind it and neither be read."""
+    text = path.read_bytes()
+    if not text.startswith(_LINE[: len(text)]):
+        raise ValueError("it is a file of something else")
+    torn = text.rpartition(b"\n")[2]
+    if torn and torn.startswith(_LINE[: len(torn)]):
+        os.truncate(path, len(text) - len(torn))
 
 
 def _database(optuna: Any, url: str) -> Any:

@@ -80,7 +80,7 @@ def test_the_best_is_printed_and_written(cli, classifier, tmp_path):
 def test_constraints_that_nothing_keeps_to_end_with_one_line(cli, classifier):
     result = cli("tune", f"{classifier}:model", "--max-drop", 4, "--max-latency-ms", 1e-9, *QUICK)
     assert result.exit_code == 2
-    assert "1 recipes measured" in result.stdout
+    assert "1 recipe measured" in result.stdout
     assert "no recipe that was measured keeps to the constraints; the nearest is int8" in result.stderr
 
 

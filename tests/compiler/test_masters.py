@@ -4,6 +4,7 @@ import jax
 import msgspec
 import numpy as np
 import pytest
+from compiler_models import CERTIFICATE
 
 import lepton_xla as lx
 from lepton_xla.compiler import _xla, load, master_weights, requantize
@@ -60,7 +61,7 @@ def as_bytes(arrays):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     path = tmp_path_factory.mktemp("master") / "net.lepton"
-    compiled(small("int8-weight-only")).save(path)
+    compiled(small("int8-weight-only")).with_certificate(CERTIFICATE).save(path)
     return path
 
 
@@ -84,6 +85,7 @@ def test_an_update_runs_on_the_code_of_its_artifact_and_keeps_the_new_master(kep
     requantize(kept, other, version="2").save(tmp_path / "update.lepton")
     base = load(kept)
     served = load(tmp_path / "update.lepton", base=base)
+    assert (base.certificate, served.certificate) == (CERTIFICATE, None)  # nobody measured the new weights
     wide = {name: array.astype(np.float64) for name, array in other.items()}
     exact = np.maximum(X @ wide["a"] * wide["scale"] + wide["shift"], 0) @ wide["c"]
     answer = served(x=X)["output"]

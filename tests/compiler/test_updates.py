@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
+from compiler_models import CERTIFICATE
 
 import lepton_xla as lx
 from lepton_xla import compiler
@@ -43,7 +44,7 @@ def reference(given, x=X):
 
 @pytest.fixture(scope="module")
 def artifact():
-    return compiler.compile(program(), BUCKETS, name="net")
+    return compiler.compile(program(), BUCKETS, name="net").with_certificate(CERTIFICATE)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def test_new_weights_run_on_the_code_of_the_base(base, tmp_path):
     three = compiler.load(tmp_path / "two.lepton", base=two)  # an update is a base as good as any
     assert live() == before  # the code is there once
     assert (two.route, two.version, two.name, two.buckets) == ("shared", "2", "net", base.buckets)
+    assert (base.certificate, two.certificate) == (CERTIFICATE, None)  # nobody measured the new weights
     for servable in (two, three):
         np.testing.assert_allclose(servable(x=X)["output"], reference(weights(1)), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(base(x=X)["output"], answers)

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from lepton_xla.errors import TuningError
-from lepton_xla.tuning.deployments import Measured, Prices, Slo, deploy, fewest_replicas, predicted_us, simulated
+from lepton_xla.sharding.topologies import has_compiler
+from lepton_xla.tuning.deployments import (
+    Measured,
+    Prices,
+    Slo,
+    deploy,
+    fewest_replicas,
+    predicted_us,
+    simulated,
+    why_unknown,
+)
 
 TIMES = {1: 1000.0, 8: 2000.0, 32: 5000.0}
 
@@ -104,6 +114,20 @@ def test_limits_that_are_none(text):
 def test_prices_that_are_none(text, said):
     with pytest.raises(TuningError, match=said):
         Prices.parse(text, "f")
+
+
+def test_more_replicas_than_are_tried_is_another_reason():
+    found = deploy({"float": TIMES}, predict, targets=["cpu"], prices=Prices({"cpu": 1.0}), slo=Slo(0.99, 1), rate=1e9)
+    assert found.refused == (("cpu", "float", "takes over 16,384 replicas"),)
+
+
+def test_a_target_that_nothing_is_known_of_is_told_before_anything_is_tuned():
+    measured = Prices({"ours": 1.0}, measured=[Measured("ours", "float", 1, 100.0)])
+    with pytest.raises(TuningError, match=r"topology 'v5x:1x1': expected v5e:4x4"):
+        why_unknown("v5x:1x1", measured)
+    assert why_unknown("ours", measured)  # its times were measured: no compiler is needed
+    if not has_compiler("h100"):
+        assert "pip install 'jax[cuda12]'" in why_unknown("h100", measured)
 
 
 def test_cpus_predict_nothing():

@@ -217,6 +217,12 @@ def test_what_a_killed_process_tried_is_tried_again(optuna, tmp_path):
     again = Study("s", RANGES, FIRST, storage=path)
     assert again.ask().settings == lost.settings
     assert list(again.done) == ["first"]
+    # Killed while it wrote: the torn line is cut, and what comes later is read.
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
+    torn = Study("s", RANGES, FIRST, storage=path)
+    torn.tell(torn.ask(), "second", ended("second"), (0.1, 1.0), 0.0)
+    assert list(Study("s", RANGES, FIRST, storage=path).done) == ["first", "second"]
 
 
 def test_a_bad_training_is_stopped_half_way(optuna):
@@ -350,6 +356,8 @@ def test_a_training_removes_channels(trained):
 
 
 def test_a_file_of_something_else_is_refused(optuna, tmp_path):
-    (tmp_path / "no.optuna").write_text("hello\nworld\n")
-    with pytest.raises(TuningError, match=r"no.optuna: Optuna's journal cannot be read"):
-        Study("s", RANGES, FIRST, storage=tmp_path / "no.optuna")
+    for text in ("hello\nworld\n", "hello"):
+        (tmp_path / "no.optuna").write_text(text)
+        with pytest.raises(TuningError, match=r"no.optuna: Optuna's journal cannot be read"):
+            Study("s", RANGES, FIRST, storage=tmp_path / "no.optuna")
+        assert (tmp_path / "no.optuna").read_text() == text

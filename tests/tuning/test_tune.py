@@ -15,11 +15,12 @@ from lepton_xla.errors import CalibrationError, TuningError
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.timing_cache import TimingCache
 from lepton_xla.passes.quantization.measurement import Timing
-from lepton_xla.tuning import CHOICES, Budget, Constraints, costs, estimating, searching, tune
+from lepton_xla.tuning import CHOICES, Budget, Constraints, Drop, costs, estimating, searching, tune
 from lepton_xla.tuning.choices import find_groups
 from lepton_xla.tuning.costs import stored_weights
 from lepton_xla.tuning.pages import page
 from lepton_xla.tuning.scores import output_errors
+from lepton_xla.tuning.summaries import summary
 from lepton_xla.tuning.trials import digest
 
 RANDOM = np.random.default_rng(0)
@@ -310,12 +311,43 @@ def test_the_page_is_one_file_without_addresses(smallest):
     text = page("a<b>.py:model", tuned)
     assert "a&lt;b&gt;.py:model" in text
     assert not re.search(r"https?:|//|<script|<link|src=|url\(", text)
-    assert text.count("<circle") == len(tuned.trials)
+    assert text.count("<circle") == 2 * len(tuned.trials)  # by bytes and by time
+    # The best is drawn over what lies below it.
+    last = [plot.rpartition("<circle")[2] for plot in text.split("</svg>")[:2]]
+    assert all(f"<title>{tuned.best.name}:" in each and "#2a7d2e" in each for each in last)
+    assert "Green, larger: the best, with the least bytes on disk" in text
+    assert 'name="viewport"' in text
     assert all(trial.name in text for trial in tuned.trials)
     document = json.loads(json.dumps(tuned.to_json()))
     assert document["best"]["choices"] == tuned.best.choices
     nothing = dataclasses.replace(tuned, trials=(), best=None, nearest=None)
     assert "Nothing was measured." in page("m", nothing)
+
+
+def test_the_best_is_on_the_frontier_though_another_is_better_at_what_was_not_asked_for(smallest):
+    tuned, _ = smallest
+    faster = dataclasses.replace(tuned.best, name="faster", us=(70.0,), output_error=1.0)
+    two = dataclasses.replace(tuned, trials=(faster, *tuned.trials))
+    assert {"faster", tuned.best.name} <= {trial.name for trial in two.frontier}
+    same = dataclasses.replace(tuned.best, name="same", output_error=1.0)
+    two = dataclasses.replace(tuned, trials=(same, *tuned.trials))
+    assert [trial.name for trial in two.frontier] == [trial.name for trial in tuned.frontier]
+
+
+def test_what_a_reader_must_know_of_the_best_is_said(smallest):
+    tuned, _ = smallest
+
+    def said(**changes):
+        best = dataclasses.replace(tuned.best, **changes)
+        return " ".join(summary(dataclasses.replace(tuned, best=best, nearest=best)))
+
+    assert "rows held back it lost" not in said(reported=Drop(5.0, 4.0, 6.0, 300))
+    assert "it lost +6.00 points, more than was asked for, which may be chance" in said(reported=Drop(6.0, 4, 8, 300))
+    assert "which is more than chance" in said(reported=Drop(8.0, 6, 10, 300))
+    assert "about 1,234 would do" in said(reported=Drop(0.0, -9, 9, 300, 1234))
+    assert "its recipe alone does not make it" in said(training={"rate": 0.1})
+    none = " ".join(summary(dataclasses.replace(tuned, best=None)))
+    assert f"No recipe keeps to all of it. The nearest is {tuned.nearest.name}" in none
 
 
 def test_what_was_built_is_certified(smallest):
