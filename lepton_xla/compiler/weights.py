@@ -48,6 +48,7 @@ def write_all(
     arrays: Sequence[Any],
     write: Callable[[str, bytes], None],
     mesh: MeshEntry | None = None,
+    model_bytes: int | None = None,
 ) -> tuple[tuple[WeightLeaf, ...], tuple[int, ...]]:
     """Write all leaves of an artifact, each in its smallest encoding.
 
@@ -56,11 +57,14 @@ def write_all(
         arrays: their arrays, in the same order; they are copied to the host one at a time.
         write: `write(name, content)` writes a file.
         mesh: the mesh that cuts the leaves.
+        model_bytes: of all weights of the model in memory, if these are not all; small models are packed tighter.
 
     Returns:
         The leaves with how and where they are stored, and the bytes used in each row of the packed array.
     """
-    is_small = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves) <= _SMALL_MODEL_BYTES
+    if model_bytes is None:
+        model_bytes = sum(leaf_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
+    is_small = model_bytes <= _SMALL_MODEL_BYTES
     rows = _Rows()
     stored: list[WeightLeaf] = []
     for leaf, given in zip(leaves, arrays, strict=True):
@@ -81,8 +85,12 @@ def write_all(
     return tuple(stored), rows.sizes
 
 
-def stored_bytes(arrays: Mapping[str, Any]) -> int:
+def stored_bytes(arrays: Mapping[str, Any], model_bytes: int | None = None) -> int:
     """Count the bytes of the files that `write_all` would write; nothing is written.
+
+    Args:
+        arrays: weights by path.
+        model_bytes: as of `write_all`.
 
     >>> stored_bytes({"w": np.zeros((512, 64), np.float32)}) < 1000  # zeros compress well
     True
@@ -93,9 +101,8 @@ def stored_bytes(arrays: Mapping[str, Any]) -> int:
         nonlocal total
         total += len(content)
 
-    write_all(
-        [describe(path, index, array) for index, (path, array) in enumerate(arrays.items())], [*arrays.values()], count
-    )
+    leaves = [describe(path, index, array) for index, (path, array) in enumerate(arrays.items())]
+    write_all(leaves, [*arrays.values()], count, model_bytes=model_bytes)
     return total
 
 

@@ -73,7 +73,7 @@ def stored_weights(
 
 
 def bytes_of_choices(groups: Sequence[Group], stored: Mapping[str, Mapping[str, Any]]) -> tuple[PerGroup, PerGroup]:
-    """Count the bytes of every choice on disk and in memory.
+    """Count the bytes of every choice on disk and in memory; on disk as where all weights get this choice.
 
     >>> from lepton_xla.tuning.choices import CHOICES, find_groups
     >>> x = lx.TensorSpec(("batch", 64), "float32")
@@ -84,8 +84,18 @@ def bytes_of_choices(groups: Sequence[Group], stored: Mapping[str, Mapping[str, 
     [16384.0, 4352.0]
     """
     own = [[{path: stored[choice.name][path] for path in group.paths} for choice in group.choices] for group in groups]
-    on_disk = [np.array([stored_bytes(name_leaves(each)) for each in group], np.float64) for group in own]
-    return on_disk, [np.array([tree_bytes(each) for each in group], np.float64) for group in own]
+    whole = {name: tree_bytes(weights) for name, weights in stored.items()}
+    on_disk = [
+        np.array(
+            [
+                stored_bytes(name_leaves(each), whole[choice.name])
+                for choice, each in zip(group.choices, weights, strict=True)
+            ],
+            np.float64,
+        )
+        for group, weights in zip(groups, own, strict=True)
+    ]
+    return on_disk, [np.array([tree_bytes(each) for each in weights], np.float64) for weights in own]
 
 
 def times_of_choices(

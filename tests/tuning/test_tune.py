@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lepton_xla as lx
+from lepton_xla.compiler.weights import stored_bytes
 from lepton_xla.errors import CalibrationError, TuningError
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.passes.core.timing_cache import TimingCache
 from lepton_xla.passes.quantization.measurement import Timing
+from lepton_xla.trees import name_leaves
 from lepton_xla.tuning import CHOICES, Budget, Constraints, Drop, costs, estimating, searching, tune
 from lepton_xla.tuning.choices import find_groups
 from lepton_xla.tuning.costs import stored_weights
@@ -108,6 +110,21 @@ def test_scores_are_the_change_of_the_outputs_to_first_order():
     true = [np.sum((out - exact) ** 2) / np.sum(exact**2) for out in (int8, both, half)]
     assert errors[0] == 0
     assert errors[1:] == pytest.approx(true, rel=0.5)  # what random signs leave
+
+
+def test_bytes_of_groups_add_up_to_those_of_the_model():
+    # As float it is a large model, whose weights are packed for speed; in int8 it is a small one.
+    weights = {name: jnp.asarray(RANDOM.standard_normal((768, 768)) / 32, jnp.float32) for name in "abc"}
+    program = lx.trace(
+        lambda w, x: jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]) @ w["c"],
+        weights,
+        {"x": lx.TensorSpec(("batch", 768), "float32")},
+    )
+    groups, plans = find_groups(program, (CHOICES[0], CHOICES[2]))
+    stored = stored_weights(program, groups, plans)
+    on_disk, _ = costs.bytes_of_choices(groups, stored)
+    whole = [stored_bytes(name_leaves(each)) for each in stored.values()]
+    assert np.sum(on_disk, 0) == pytest.approx(whole, rel=0.01)
 
 
 def test_a_weight_on_two_devices_is_not_expected_to_have_a_kernel(monkeypatch):
