@@ -145,3 +145,8 @@ def to_host(array: Any) -> np.ndarray:
         return np.asarray(memoryview(array))
     except BufferError:  # a dtype that buffers do not know, such as bfloat16
         return array._single_device_array_to_np_array_did_copy()[0]
+
+
+def address(array: Any) -> int:
+    """Where the elements of an array on `quick_device()` are."""
+    return array.unsafe_buffer_pointer()

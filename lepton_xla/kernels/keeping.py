@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
 
+from lepton_xla import _jaxlib
 from lepton_xla.kernels import installation
 
 
@@ -28,14 +30,14 @@ class Kept:
     """
 
     def __init__(self, arrays: Iterable[Any]) -> None:
-        small = [array for array in arrays if getattr(array, "dtype", None) == np.int8 and array.ndim > 1]
+        small = [array for array in arrays if _is_matrix(array)]
         package: Any = importlib.import_module("lepton_xla_kernels") if small and installation.usable() else None
         found: list[tuple[int, Any]] = []
         if hasattr(package, "packed_bytes"):  # older ones pack on each call
             for array in small:
                 address = _address(array)
                 if address is not None:
-                    package.keep(address, array.nbytes)
+                    package.keep(address, math.prod(array.aval.shape))
                     found.append((address, array))
         self.count = len(found)
         self._package, self._found = package, found
@@ -59,9 +61,17 @@ class Kept:
         self.close()
 
 
+def _is_matrix(array: Any) -> bool:
+    """Whether it is an int8 array of JAX with several axes; one that was made without JAX has but its `aval`."""
+    aval: Any = getattr(array, "aval", None)
+    return getattr(aval, "dtype", None) == np.int8 and len(aval.shape) > 1
+
+
 def _address(array: Any) -> int | None:
     """Where an array is; None if it is not on one CPU."""
     try:
+        if not hasattr(array, "devices"):  # made without JAX
+            return _jaxlib.address(array)
         (device,) = array.devices()
         return array.unsafe_buffer_pointer() if device.platform == "cpu" else None
     except (AttributeError, ValueError, RuntimeError):  # not an array of JAX, on several devices, or traced

@@ -81,8 +81,13 @@ print(json.dumps({"made": True}))
 def test_a_model_answers_without_jax_what_it_answers_with_it(saved: pathlib.Path, dtype: str):
     code = """
 servable = lx.load(sys.argv[1])
-answers, before = said(servable), has_jax()
-print(json.dumps({"answers": answers, "jax": before, "route": servable.route, "bytes": servable.nbytes}))
+answers, device = said(servable), servable.runtime.devices.first
+from lepton_xla import _jaxlib
+from lepton_xla.compiler import _xla
+from lepton_xla.kernels import installation, keeping
+matrix = _xla.putter((4, 4), "int8", device)(np.ones((4, 4), np.int8))  # kept so that kernels pack it once
+kept, before = [keeping.Kept([matrix]).count, installation.usable()], has_jax()
+print(json.dumps({"answers": answers, "jax": before, "route": servable.route, "bytes": servable.nbytes, "kept": kept}))
 """
     quick, usual = fresh(code, saved / dtype), fresh(code, saved / dtype, before="import jax")
     assert not quick["jax"]
@@ -92,6 +97,7 @@ print(json.dumps({"answers": answers, "jax": before, "route": servable.route, "b
         del each["jax"]
     assert quick == usual
     assert quick["route"] == "executables"
+    assert quick["kept"] in ([1, True], [0, False])
 
 
 def test_jax_may_be_imported_later(saved: pathlib.Path):

@@ -154,6 +154,19 @@ def test_what_has_lost_is_timed_no_further(monkeypatch, seconds, times):
     assert counts == {1: 9, 2: 9, 4: times}
 
 
+def test_a_slow_moment_does_not_decide(monkeypatch):
+    """The faster one's single call takes 60 ms, because the machine does something else."""
+    now, seconds = [0.0], [itertools.repeat(0.004), itertools.chain([0.002, 0.06], itertools.repeat(0.002))]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call(which):
+        now[0] += next(seconds[which])
+        return jnp.zeros(())
+
+    medians = Timer().medians_us([functools.partial(call, which) for which in (0, 1)])
+    np.testing.assert_allclose(medians, [4e3, 2e3], rtol=1e-6)
+
+
 def test_times_are_paired_within_rounds(monkeypatch):
     """The machine is three times slower for four rounds; in the fourth no more when the second call has its turn."""
     monkeypatch.setattr(timing, "ROUNDS", 7)
