@@ -78,6 +78,17 @@ def test_nothing_is_imported_that_is_not_drawn(package):
     assert drawn <= set(edges(package)), "an arrow that nothing needs"
 
 
+def test_the_table_of_places_has_every_part():
+    table = DESIGN.partition("## Where things are")[2].partition("In the drawings")[0]
+    listed = {
+        name.removesuffix(".py").strip("/")
+        for line in table.splitlines()
+        for name in line.split("|")[1:2]
+        for name in re.findall(r"`([^`]+)`", name)
+    }
+    assert listed == set(DRAWN["lepton_xla"][0])
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_imports_go_in_a_circle(package):
     arrows = {}
