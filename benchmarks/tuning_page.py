@@ -77,7 +77,8 @@ def aims(results: Mapping[str, Any]) -> list[list[str]]:
     ahead = [name for name, found in known.items() if any(counts(each, result) for each, result in found.items())]
     rows = [
         [
-            f"a point {FASTER} times faster or {SMALLER} times smaller than the best preset at its accuracy, 3 models",
+            f"for 3 models a point {FASTER} times faster or {SMALLER} times smaller than the best preset, at an accuracy "
+            "that the paired interval on the reported rows does not tell from the preset's",
             f"{len(ahead)} of {len(known)}: {', '.join(ahead)}",
             _met(len(ahead) >= 3),
         ]
@@ -103,7 +104,8 @@ def aims(results: Mapping[str, Any]) -> list[list[str]]:
         own, median = searches["optuna"], searches["median"]
         found = f"{own:,} and {median:,.0f} bytes"
         wanted = (
-            f"digits, {searches['trials']} trainings: Optuna at least the median of {len(searches['random'])} random"
+            f"digits, {searches['trials']} trainings: Optuna's best at most the bytes of the median of "
+            f"{len(searches['random'])} random searches"
         )
         rows.append([wanted, found, _met(own <= median)])
     return rows
@@ -132,9 +134,13 @@ def page(results: Mapping[str, Any]) -> str:
         parts += [harness.provenance(run) for run in _runs(found)]
     if searches := results.get("searches"):
         each = ", ".join(f"{size:,}" for size in searches["random"])
+        network = (
+            "a dense network of 64-128-64-10" if searches["network"] == "dense" else "the CNN of examples/digits.py"
+        )
         said = (
-            f"digits, at most 0.5 points lost, {searches['trials']} trained candidates a search, which can be killed "
-            f"and goes on (`benchmarks/searches.py`). Bytes of the best: Optuna's {searches['optuna']:,}; of random "
+            f"digits, {network}, at most 0.5 points lost, {searches['trials']} candidates a search, trained in at most "
+            f"{searches['steps']} steps each; a search can be killed and goes on (`benchmarks/searches.py`). "
+            f"Bytes of the best: Optuna's {searches['optuna']:,}; of random "
             f"settings, by seed, {each}."
         )
         parts += ["## Searches of training settings", said, harness.provenance(searches["run"])]

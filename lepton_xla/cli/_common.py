@@ -184,13 +184,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
 
 
 def check_folder(path: str | None) -> None:
-    """Check that the folder of an output file exists, before minutes of measurement.
+    """Check that an output file can be where it is asked for, before minutes of measurement.
 
     Raises:
-        LeptonError: if the folder does not exist.
+        LeptonError: if its folder does not exist, or it is a folder itself.
     """
     if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
         raise LeptonError(f"{path}: the folder {pathlib.Path(path).absolute().parent} does not exist")
+    if path is not None and pathlib.Path(path).is_dir():
+        raise LeptonError(f"{path} is a folder; give a file")
 
 
 def check_free(output: str, *, overwrite: bool) -> None:

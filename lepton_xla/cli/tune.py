@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from lepton_xla.tuning import Trial, Tuning
     from lepton_xla.tuning.deployments import Deployments
 
+# Rows of the table of ways to serve.
+_SHOWN = 12
+
 
 def _latencies(context: click.Context, option: click.Parameter, value: str | None) -> float | tuple[float, ...] | None:
     """Read milliseconds: one number for all buckets, or one for each."""
@@ -212,10 +215,12 @@ def tune(
         raise click.UsageError("--key signs the artifact; give --artifact too")
     if artifact is not None:
         _common.check_free(artifact, overwrite=overwrite)
-    for path in (output, report, journal, points):
+    for path in (output, report, journal):
         _common.check_folder(path)
-    if points is not None and pathlib.Path(points).exists() and not pathlib.Path(points).is_dir():
-        raise click.UsageError(f"--points {points} is a file; give a folder")
+    if points is not None and not pathlib.Path(points).is_dir():
+        _common.check_folder(points)
+        if pathlib.Path(points).exists():
+            raise click.UsageError(f"--points {points} is a file; give a folder")
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla import compiler
@@ -358,14 +363,16 @@ def _cheapest(slo: str, rate: float, targets: str, prices: str) -> _Cheapest:
 
 
 def _print_served(served: Deployments, slo: str) -> None:
-    columns = ("target", "mesh", "recipe", "buckets", ">replicas", f">{slo.partition('=')[0]}", ">a million", "times")
+    money = f">{served.currency} a million"
+    columns = ("target", "mesh", "recipe", "buckets", ">replicas", f">{slo.partition('=')[0]}", money, "times")
     rows = [
         [
             each.target, each.mesh, each.recipe, ",".join(map(str, each.buckets)), str(each.replicas),
             _common.seconds(each.seconds), f"{each.per_million:.4g}", each.source,
         ]
-        for each in served.found
+        for each in served.found[:_SHOWN]
     ]  # fmt: skip
+    more = len(served.found) - len(rows)
     title = f"the cheapest ways to serve within {slo}" if rows else f"nothing serves within {slo}"
     reasons = {f"{target}: {why}" for target, _, why in served.refused}
     shares: dict[str, list[float]] = {}
@@ -376,7 +383,8 @@ def _print_served(served: Deployments, slo: str) -> None:
         f"{max(found):.2f} times what was measured, the median {statistics.median(found):.2f} times"
         for each, found in shares.items()
     ]
-    _common.show(_common.table(title, columns, rows), *sorted(reasons), *off)
+    others = [f"and {more} dearer ones, which --json shows"] if more > 0 else []
+    _common.show(_common.table(title, columns, rows), *others, *sorted(reasons), *off)
     if not off:
         _common.show("Nothing was both predicted and measured, so how far predictions are off is not known.")
 

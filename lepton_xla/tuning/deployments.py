@@ -152,11 +152,13 @@ class Deployments:
         found: ways that keep to the limit, the cheapest first.
         refused: (target, recipe, why not).
         compared: (target, recipe, rows, predicted microseconds, measured microseconds), where both exist.
+        currency: of the prices.
     """
 
     found: tuple[Deployment, ...]
     refused: tuple[tuple[str, str, str], ...]
     compared: tuple[tuple[str, str, int, float, float], ...]
+    currency: str
 
 
 def deploy(
@@ -226,9 +228,8 @@ def deploy(
             refused.append(
                 (target, recipe, alone if least > slo.seconds else f"takes over {_MOST_REPLICAS:,} replicas")
             )
-    return Deployments(
-        tuple(sorted(found, key=lambda each: (each.per_million, each.seconds))), tuple(refused), tuple(compared)
-    )
+    cheapest = sorted(found, key=lambda each: (each.per_million, each.seconds))
+    return Deployments(tuple(cheapest), tuple(refused), tuple(compared), prices.currency)
 
 
 def fewest_replicas(times: Times, rate: float, slo: Slo, *, seed: int = 0) -> tuple[int, float] | None:

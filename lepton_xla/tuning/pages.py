@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lepton_xla.documents import document, drawn_table, escaped, scaled
 from lepton_xla.tables import short, size
+from lepton_xla.tuning.constraints import OBJECTIVES
 from lepton_xla.tuning.results import Tuning
 from lepton_xla.tuning.summaries import summary
 from lepton_xla.tuning.trials import Trial
@@ -44,8 +45,7 @@ def page(target: str, found: Tuning) -> str:
 
 
 def _legend(found: Tuning) -> str:
-    kinds = {"bytes": "bytes on disk", "latency": "time", "metric": "drop"}
-    asked = kinds.get(found.objective, found.objective)
+    asked = OBJECTIVES[found.objective]
     others = [each for each in ("drop", "bytes on disk", "time") if each != asked]
     return (
         f"Green, larger: the best, with the least {asked} within the constraints. Blue: no other is better in {asked}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lepton_xla.tables import short, size
+from lepton_xla.tuning.constraints import OBJECTIVES
 from lepton_xla.tuning.results import Tuning
 
 _ENDS = {
@@ -22,13 +23,17 @@ def summary(found: Tuning) -> list[str]:
     >>> trial = Trial("small", "", "chosen", {}, {"accuracy": 0.9}, 0.1, None, 0.01, 100, 200)
     >>> for line in summary(Tuning(Constraints(0.5), "bytes", "accuracy", {"accuracy": 0.9}, 400, trial, trial, ())):
     ...     print(line)
-    Asked for: the least bytes; max_drop 0.5.
+    Asked for: the least bytes on disk; max_drop 0.5.
     The best is small: +0.10 points lost on the rows that chose it; 100 B on disk, 200 B in memory, ...
     The float model has accuracy 0.9 and takes 400 B on disk. time: of a call, float's is 1.
     There was nothing left to try. It took 0.0 s.
     """
     limits = ", ".join(f"{name} {value}" for name, value in found.constraints.given().items())
-    lines = [f"Asked for: the least {found.objective}; {limits or 'no limits'}.", _best(found), *_doubts(found)]
+    lines = [
+        f"Asked for: the least {OBJECTIVES[found.objective]}; {limits or 'no limits'}.",
+        _best(found),
+        *_doubts(found),
+    ]
     metric = found.float_metrics.get(found.metric, math.nan)
     lines.append(
         f"The float model has {found.metric} {metric:.6g} and takes {size(found.float_bytes)} on disk. time: of a "

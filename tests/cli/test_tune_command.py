@@ -75,6 +75,12 @@ def test_the_best_is_printed_and_written(cli, classifier, tmp_path):
     assert "the best" in text
     assert "All trials were spent." in text
     assert json.loads(journal.read_text().splitlines()[0])["identity"]["metric"] == "accuracy"
+    full = cli(
+        "tune", f"{classifier}:model", "--max-drop", 4, "--objective", "bytes", *QUICK, *files[:2], "-o", "/dev/full"
+    )
+    assert full.exit_code == 2
+    assert "/dev/full cannot be written" in full.stderr
+    assert "The best is int8" in full.stdout  # what was found is shown all the same
 
 
 def test_constraints_that_nothing_keeps_to_end_with_one_line(cli, classifier):
@@ -147,7 +153,7 @@ def optuna_study(storage):
 def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier, tmp_path):
     cli("keys", "new", tmp_path / "release")
     artifact, prices = tmp_path / "small.lepton", tmp_path / "prices.toml"
-    prices.write_text("[per_hour]\ncpu = 0.36\n")
+    prices.write_text("currency = 'EUR'\n[per_hour]\ncpu = 0.36\n")
     served = ("--slo", "p99=1s", "--rate", 10, "--prices", prices)
     made = cli(
         "tune", f"{classifier}:model", "--max-drop", 5, "--objective", "bytes", *QUICK, "--json",
@@ -155,6 +161,7 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
     )  # fmt: skip
     deployments = json.loads(made.stdout)["deployments"]
     cheapest = deployments["found"][0]
+    assert deployments["currency"] == "EUR"
     assert (cheapest["target"], cheapest["replicas"], cheapest["source"]) == ("cpu", 1, "measured")
     assert cheapest["per_million"] == pytest.approx(0.36 / (10 * 3600) * 1e6)
     said = cli("verify", artifact, "--key", tmp_path / "release.pub").stdout
@@ -175,11 +182,19 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
         (("--key", "a.key"), "--key signs the artifact"),
         (("--artifact", "my model.lepton"), "model name 'my model'"),
         (("--artifact", "a.lepton", "--key", "absent.key"), "absent.key"),
+        (("--report", "."), ". is a folder; give a file"),
+        (("--points", __file__), "is a file; give a folder"),
+        (
+            ("--slo", "p99=1s", "--rate", 1, "--prices", "PRICES", "--targets", "v5x:1x1"),
+            "topology 'v5x:1x1': expected",
+        ),
         (("--storage", "study.db"), "--storage is where trained candidates are kept; give --train too"),
         (("--slo", "fast", "--rate", 1, "--prices", "p.toml"), "such as p99=20ms"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, more, said):
-    result = cli("tune", "no.py:model", "--max-drop", 1, *more)
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(cli, tmp_path, more, said):
+    (tmp_path / "prices.toml").write_text('[per_hour]\n"v5x:1x1" = 1.0\n')
+    given = [tmp_path / "prices.toml" if each == "PRICES" else each for each in more]
+    result = cli("tune", "no.py:model", "--max-drop", 1, *given)
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
