@@ -313,11 +313,12 @@ def why_unknown(target: str, prices: Prices) -> str:
     try:
         topology_devices(_topology(target))
     except LeptonError as error:
-        if not any(each.target == target for each in prices.measured):
-            try:
-                device_count(_topology(target))
-            except LeptonError as other:
+        try:
+            device_count(_topology(target))
+        except LeptonError as other:
+            if not any(each.target == target for each in prices.measured):
                 raise TuningError(first_line(other)) from error
+            return "what was not measured on it, no compiler predicts"
         return first_line(error)
     return ""
 

@@ -281,12 +281,14 @@ class Search:
         """A trial, measured or from the journal; None if the budget is spent, or if it is past this time."""
         key = hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:16]
         known = self._kept.get(key)
+        # What failed in another run may not fail now: an evaluate that was mended, memory that is there.
+        again = known is not None and bool(known["failure"])
         if key not in self.trials:
             if self._budget.trials is not None and len(self.trials) >= self._budget.trials:
                 self.stopped = "trials"
                 return None
             # Something is measured, however long scoring took.
-            if known is None and self.trials and not self._fits("trial", until):
+            if (known is None or again) and self.trials and not self._fits("trial", until):
                 self.stopped = "time"
                 return None
             done, total = len(self.trials), self._budget.trials or 0
@@ -303,6 +305,7 @@ class Search:
                     lambda: self._shop.measure(
                         recipe, self._constraints.max_drop, say, origin=origin, choices=described, estimates=expected
                     ).to_json(),
+                    again=again,
                 )
             except TimeUpError:
                 self.stopped = "time"

@@ -220,7 +220,7 @@ class Workshop:
         except StoppedError as error:
             seconds = time.perf_counter() - start
             return dataclasses.replace(trial, origin="stopped", failure=str(error), seconds=seconds)
-        except LeptonError as error:
+        except (LeptonError, jax.errors.JaxRuntimeError) as error:
             return dataclasses.replace(trial, failure=first_line(error), seconds=time.perf_counter() - start)
         return dataclasses.replace(
             trial,

@@ -264,10 +264,15 @@ def test_ctrl_c_gives_the_best_so_far(monkeypatch):
     assert (tuned.stopped, len(tuned.trials)) == ("interrupted", 1)
 
 
-def test_what_xla_cannot_do_is_told(monkeypatch):
+def test_what_xla_cannot_do_is_told(monkeypatch, tmp_path):
     def fails(*_args, **_kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
 
+    with monkeypatch.context() as patch:  # of a candidate: the search goes on
+        patch.setattr(searching.Workshop, "_times", fails)
+        (failed,) = found(budget=Budget(trials=1), journal=tmp_path / "j.jsonl").trials
+        assert failed.failure == "RESOURCE_EXHAUSTED: out of memory"
+    assert found(budget=Budget(trials=1), journal=tmp_path / "j.jsonl").best is not None  # it is tried again
     monkeypatch.setattr(estimating, "output_errors", fails)
     with pytest.raises(lx.ExecutionError, match=r"RESOURCE_EXHAUSTED: out of memory$"):
         found()
