@@ -34,8 +34,8 @@ struct InFloat {
     sum += w * factor;
   }
   static Floats factor(const Convolution&, int64_t, int64_t) { return Floats{}; }
-  static Ints offset(const Convolution&, int64_t) { return Ints{}; }
-  static Floats value(const Sum& sum, Ints, Floats, Floats bias) { return sum + bias; }
+  static Sum first(const Convolution&, int64_t) { return Sum{}; }
+  static Floats value(const Sum& sum, Floats, Floats bias) { return sum + bias; }
 };
 
 #if defined(__AVX512VNNI__)
@@ -77,14 +77,12 @@ struct OfCodes {
   static Floats factor(const Convolution& p, int64_t example, int64_t column) {
     return p.row_scale[example] * load(p.scale + column);
   }
-  static Ints offset(const Convolution& p, int64_t column) {
-    return *reinterpret_cast<const Ints*>(p.offset + column);
-  }
-  static Floats value(const Sum& sum, Ints offset, Floats factor, Floats bias) {
+  // What a sum begins with; it may wrap on the way.
+  static Sum first(const Convolution& p, int64_t column) {
     typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));
-    const Ints exact = (Ints)((Unsigned32)sum - (Unsigned32)offset);  // sums may wrap on the way
-    return as_floats(exact) * factor + bias;
+    return (Sum)(-(Unsigned32)*reinterpret_cast<const Ints*>(p.offset + column));
   }
+  static Floats value(const Sum& sum, Floats factor, Floats bias) { return as_floats(sum) * factor + bias; }
 };
 
 // The windows of some pixels in x.
@@ -115,9 +113,9 @@ __attribute__((always_inline)) inline void write(const Convolution& p, const Fin
   constexpr int i = AT % MR, j = AT / MR;
   const int64_t at = column + j * kLanes, to = (pixel + i) * p.window.o + at;
   const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
-  const Floats value = Op::value(sums[i][j], Op::offset(p, at), Op::factor(p, rows.example[kShort ? 0 : i], at), bias);
+  const Floats value = Op::value(sums[i][j], Op::factor(p, rows.example[kShort ? 0 : i], at), bias);
   if constexpr (kShort) {
-    finish.short_way(value, to, kLanes);
+    finish.short_way(value, to);
   } else {
     const int64_t left = p.window.o - at;
     finish(value, to, static_cast<int>(left < kLanes ? left : kLanes));
@@ -125,9 +123,34 @@ __attribute__((always_inline)) inline void write(const Convolution& p, const Fin
   if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1, kShort>(p, finish, rows, sums, pixel, column);
 }
 
+// Writes the sums from the AT-th on to memory, from where a loop reads them: a SiLU is too long to be there for each.
+template <int MR, int NR, int AT, typename Sum>
+__attribute__((always_inline)) inline void hold(const Sum (&sums)[MR][NR], Sum (&held)[MR * NR]) {
+  held[AT] = sums[AT % MR][AT / MR];
+  if constexpr (AT + 1 < MR * NR) hold<MR, NR, AT + 1>(sums, held);
+}
+
+template <class Op, int MR, int NR>
+void write_silu(const Convolution& p, const Finish& finish, int64_t example, const typename Op::Sum (&held)[MR * NR],
+                int64_t pixel, int64_t column) {
+  for (int j = 0; j < NR; ++j) {
+    const int64_t at = column + j * kLanes;
+    const Floats factor = Op::factor(p, example, at);
+    const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
+    for (int i = 0; i < MR; ++i)
+      finish.silu_way(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
+  }
+}
+
 template <class Op, int MR, int NR>
 void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t column) {
-  typename Op::Sum sums[MR][NR] = {};
+  typename Op::Sum sums[MR][NR];
+#pragma GCC unroll 4
+  for (int j = 0; j < NR; ++j) {
+    const typename Op::Sum first = Op::first(p, column + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) sums[i][j] = first;
+  }
   const Window& window = p.window;
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights) + 4 * column;
   const int64_t row_bytes = window.dilation_h * window.padded_w() * window.c * Op::kBytes;
@@ -152,10 +175,11 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
   }
   const Finish finish(p);
   const bool whole = column + NR * kLanes <= window.o, together = rows.example[0] == rows.example[MR - 1];
-  if (finish.is_short() && whole && together)
-    write<Op, MR, NR, 0, true>(p, finish, rows, sums, pixel, column);
-  else
-    write<Op, MR, NR, 0, false>(p, finish, rows, sums, pixel, column);
+  if (finish.is_short() && whole && together) return write<Op, MR, NR, 0, true>(p, finish, rows, sums, pixel, column);
+  if (!finish.is_silu() || !whole || !together) return write<Op, MR, NR, 0, false>(p, finish, rows, sums, pixel, column);
+  typename Op::Sum held[MR * NR];
+  hold<MR, NR, 0>(sums, held);
+  write_silu<Op, MR, NR>(p, finish, rows.example[0], held, pixel, column);
 }
 
 template <class Op, int NR>
@@ -284,18 +308,29 @@ using Code = uint8_t;
 using Code = int16_t;
 #endif
 
-void round(const float* x, int64_t count, float scale, void* to) {
-  Code* codes = static_cast<Code*>(to);
+template <bool kFactors>
+void round_some(const float* x, int64_t count, float scale, const float* factors, Code* codes) {
   int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + kLanes <= count; i += kLanes) {
+    const auto found = codes_of(kFactors ? load(x + i) * load(factors + i) : load(x + i), scale);
 #if defined(__AVX512F__)
-  for (; i + 16 <= count; i += 16) {
-    const __m128i shifted = _mm_xor_si128(codes_of(load(x + i), scale), _mm_set1_epi8(static_cast<char>(kCodes.zero)));
+    const __m128i shifted = _mm_xor_si128(found, _mm_set1_epi8(static_cast<char>(kCodes.zero)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), shifted);
-  }
-#elif defined(__AVX2__)
-  for (; i + 8 <= count; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), codes_of(load(x + i), scale));
+#else
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), found);
 #endif
-  for (; i < count; ++i) codes[i] = static_cast<Code>(code(x[i], scale) + kCodes.zero);
+  }
+#endif
+  for (; i < count; ++i)
+    codes[i] = static_cast<Code>(code(kFactors ? x[i] * factors[i] : x[i], scale) + kCodes.zero);
+}
+
+void round(const float* x, int64_t count, float scale, const float* factors, int64_t channels, void* to) {
+  Code* const codes = static_cast<Code*>(to);
+  if (factors == nullptr) return round_some<false>(x, count, scale, nullptr, codes);
+  for (int64_t i = 0; i < count; i += channels)
+    round_some<true>(x + i, count - i < channels ? count - i : channels, scale, factors, codes + i);
 }
 
 void widen(const uint8_t* x, int64_t count, void* to) {

@@ -1,6 +1,7 @@
 // What XLA calls to compute convolutions: checks operands, lays them out, and cuts the work into parts.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -30,8 +31,11 @@ const ConvolutionVariant& chosen() {
                         [&](const ConvolutionVariant* each) { return std::strcmp(each->name, name) == 0; });
 }
 
-// Multiplications of a part, if a product is cut at all, and those of depthwise ones that are.
+// Multiplications of a part, if a product is cut at all.
 constexpr double kPart = 1 << 18;
+// Multiplications of a depthwise convolution that are worth waking another thread for, and how many times fewer are
+// worth giving parts to one that is awake.
+constexpr double kDepthwise = 1 << 20, kFewer = 8;
 // Values of a part that are only moved or compared, and fewer than are worth waking another thread for.
 constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 18;
 // What reads whole lanes may read this far beyond the last element.
@@ -65,7 +69,7 @@ void by_rows(ffi::ThreadPool& pool, const Window& w, const Work& work) {
   const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
   const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
   const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
-  run(pool, products >= kPart / 2, (all + some - 1) / some,
+  run(pool, products >= (others_are_awake() ? kDepthwise / kFewer : kDepthwise), (all + some - 1) / some,
       [&](int64_t part) { work(part * some, std::min(all, part * some + some)); });
 }
 
@@ -116,7 +120,8 @@ void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, bool cod
   const Window& w = p.window;
   const int64_t pixels = w.pixels(), threads = std::max<int64_t>(1, pool.num_threads());
   const double products = static_cast<double>(pixels) * w.terms() * w.o;
-  if (products < (codes ? variant.code_products : variant.float_products) || threads == 1) {
+  const double worth = (codes ? variant.code_products : variant.float_products) / (others_are_awake() ? kFewer : 1);
+  if (products < worth || threads == 1) {
     prepare(0, pixels);
     return part(p, 0, pixels, 0, p.stride);
   }
@@ -158,9 +163,11 @@ void pad(ffi::ThreadPool& pool, const Window& w, int64_t bytes, int zero, void* 
   });
 }
 
-// Copies `count` values, and zeros up to `stride`.
-void spread(const float* from, int64_t count, bool one, int64_t stride, float* to) {
+// `count` values, and zeros up to `stride`: where they are, or copied.
+const float* spread(const float* from, int64_t count, bool one, int64_t stride, float* to) {
+  if (count == stride && !one) return from;
   for (int64_t i = 0; i < stride; ++i) to[i] = i < count ? from[one ? 0 : i] : 0.0f;
+  return to;
 }
 
 ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::BufferR4<ffi::F32> weights,
@@ -252,9 +259,9 @@ ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& var
   return ffi::Error::Success();
 }
 
-// Either `x` or `bytes` is the image: floats, or codes with 128 added.
+// Either `x` or `bytes` is the image: floats, multiplied by `gate` [n, c] if that is not null, or codes with 128 added.
 ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& variant, Convolution& p, const float* x,
-                          const uint8_t* bytes) {
+                          const float* gate, const uint8_t* bytes) {
   const Window& w = p.window;
   const CodesLayout& layout = variant.codes;
   if (bytes != nullptr && layout.bytes == 1 && !w.is_padded() && w.run_length() % layout.terms == 0) {
@@ -269,7 +276,7 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
     if (bytes != nullptr)
       variant.widen(bytes + from, count, to);
     else
-      variant.round(x + from, count, p.row_scale[example], to);
+      variant.round(x + from, count, p.row_scale[example], gate == nullptr ? gate : gate + example * w.c, w.c, to);
   };
   if (w.k_h == 1 && w.k_w == 1 && w.stride_h == 1 && w.stride_w == 1 && !w.is_padded()) {
     // Pixels are read once, by the part that rounds them.
@@ -291,9 +298,9 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
 
 ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> codes,
                                ffi::BufferR2<ffi::F32> scale, ffi::BufferR1<ffi::F32> static_scale,
-                               ffi::BufferR1<ffi::F32> result_scale, ffi::BufferR1<ffi::F32> bias,
-                               ffi::AnyBuffer residual, Geometry geometry, Geometry activation,
-                               ffi::Span<const float> bounds, ffi::Result<ffi::AnyBuffer> y) {
+                               ffi::BufferR1<ffi::F32> result_scale, ffi::AnyBuffer gate,
+                               ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual, Geometry geometry,
+                               Geometry activation, ffi::Span<const float> bounds, ffi::Result<ffi::AnyBuffer> y) {
   Convolution p{};
   Window& w = p.window;
   if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
@@ -310,6 +317,11 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   if ((!read_codes && x.element_type() != ffi::F32) || (read_codes && dynamic) ||
       y->element_type() != (write_codes ? ffi::U8 : ffi::F32))
     return ffi::Error::InvalidArgument("convolution: images are floats, or codes with a scale");
+  const bool gated = gate.element_count() > 0;
+  if (gated && (gate.element_type() != ffi::F32 || static_cast<int64_t>(gate.element_count()) != w.n * w.c))
+    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  if (gated && (read_codes || dynamic || depthwise))
+    return ffi::Error::InvalidArgument("convolution: a gate is for floats, a static scale and all channels together");
   if (y->element_count() == 0) return ffi::Error::Success();
   const ConvolutionVariant& variant = chosen();
   const CodesLayout& layout = variant.codes;
@@ -326,14 +338,10 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   const auto* bytes = read_codes ? static_cast<const uint8_t*>(x.untyped_data()) : nullptr;
   const Scratch columns = scratch(p.stride * 8), rows = scratch(w.n * 4);
   if (columns == nullptr || rows == nullptr) return no_memory();
-  float* const column_scale = static_cast<float*>(columns.get());
-  float* const wide_bias = column_scale + p.stride;
   float* const row_scale = static_cast<float*>(rows.get());
-  spread(scale.typed_data(), w.o, scales == 1, p.stride, column_scale);
-  if (p.epilogue.bias != nullptr) {
-    spread(p.epilogue.bias, w.o, false, p.stride, wide_bias);
-    p.epilogue.bias = wide_bias;
-  }
+  p.scale = spread(scale.typed_data(), w.o, scales == 1, p.stride, static_cast<float*>(columns.get()));
+  if (p.epilogue.bias != nullptr)
+    p.epilogue.bias = spread(p.epilogue.bias, w.o, false, p.stride, static_cast<float*>(columns.get()) + p.stride);
 
   // The scales of the examples, and at the same time the weights, if they are to be packed.
   const int64_t packed_rows = depthwise ? w.k_h * w.k_w : w.runs() * p.steps, vectors = p.stride / lanes;
@@ -381,11 +389,19 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   }
   p.x = bytes;
   p.weights = packed;
-  p.scale = column_scale;
   p.offset = offset;
   p.row_scale = row_scale;
+  const auto largest = [&](const float* values) {
+    const int32_t bits = variant.largest(values, w.o);
+    float found;
+    std::memcpy(&found, &bits, 4);
+    return found;
+  };
+  p.numbers = std::isfinite(largest(p.scale) * *std::max_element(row_scale, row_scale + w.n)) &&
+              (p.epilogue.bias == nullptr || std::isfinite(largest(p.epilogue.bias)));
   if (depthwise) return depthwise_of_codes(pool, *variant.depthwise_codes, p, floats);
-  return dense_of_codes(pool, variant, p, floats, bytes);
+  const auto* factors = gated ? static_cast<const float*>(gate.untyped_data()) : nullptr;
+  return dense_of_codes(pool, variant, p, floats, factors, bytes);
 }
 
 }  // namespace
@@ -413,6 +429,7 @@ XLA_FFI_DEFINE_HANDLER(kIntegerConvolution, lepton::integer_convolution,
                            .Arg<ffi::BufferR2<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
+                           .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::AnyBuffer>()
                            .Attr<ffi::Span<const int64_t>>("geometry")

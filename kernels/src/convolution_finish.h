@@ -8,6 +8,22 @@
 namespace lepton::VARIANT {
 
 // e^x, as Cephes computes it: to 2 units in the last place.
+#if defined(__AVX512F__)
+inline Floats exponential(Floats given) {
+  // Bounds where the result is 0 and infinite; operands are in the order in which NaN stays NaN.
+  const __m512 x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)given));
+  const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0x08);
+  __m512 r = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(power, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(1.9875691500e-4f), r, _mm512_set1_ps(1.3981999507e-3f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
+  y = _mm512_fmadd_ps(y, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return (Floats)_mm512_scalef_ps(y, power);
+}
+#else
 inline Floats exponential(Floats x) {
   const Floats high = Floats{} + 88.72283f, low = Floats{} - 87.33654f;
   const Floats given = x;
@@ -31,6 +47,7 @@ inline Floats exponential(Floats x) {
   y = given < low ? Floats{} : y;
   return given == given ? y : given;
 }
+#endif
 
 inline Floats load_some(const float* from, int count) {
 #if defined(__AVX512F__)
@@ -50,12 +67,14 @@ inline void store_some(float* to, Floats values, int count) {
 #endif
 }
 
+inline Floats silu(Floats v) { return v / (1.0f + exponential(-v)); }
+
 inline Floats activated(const ConvolutionEpilogue& e, Floats v) {
   if (e.activation == ConvolutionActivation::kClamp) {
     v = v < e.low ? Floats{} + e.low : v;  // NaN stays NaN
     return v > e.high ? Floats{} + e.high : v;
   }
-  if (e.activation == ConvolutionActivation::kSilu) return v * (1.0f / (1.0f + exponential(-v)));
+  if (e.activation == ConvolutionActivation::kSilu) return silu(v);
   return v;
 }
 
@@ -85,6 +104,20 @@ inline Ints quotients(Floats v, Floats low, Floats high, Floats scale, Floats in
 #else
 constexpr bool kHasQuotients = false;  // without fused multiply-adds they would not be exact
 inline Ints quotients(Floats, Floats, Floats, Floats, Floats) { return Ints{}; }
+#endif
+
+// Writes codes of values between two bounds, none of them NaN, with 128 added.
+#if defined(__AVX512F__)
+__attribute__((always_inline)) inline void store_quotients(uint8_t* to, Floats v, Floats low, Floats high, Floats scale,
+                                                           Floats inverse) {
+  const __m512 x = _mm512_min_ps(_mm512_max_ps((__m512)v, (__m512)low), (__m512)high);
+  __m512 q = _mm512_mul_ps(x, (__m512)inverse);
+  q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
+  q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
+  // A sum of 1.5 * 2^23 rounds to an integer, which is in its last bits.
+  const __m512i bits = _mm512_castps_si512(_mm512_add_ps(q, _mm512_set1_ps(12582912.0f + 128.0f)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(bits));
+}
 #endif
 
 inline Ints codes_of_values(CodeScale s, Floats v) {
@@ -123,9 +156,10 @@ struct Finish {
   ConvolutionEpilogue e;
   float* y;
   uint8_t* codes;
+  bool numbers;
   Floats low, high, scale, inverse;  // of codes alone
 
-  explicit Finish(const Convolution& p) : e(p.epilogue), y(p.y), codes(p.codes) {
+  explicit Finish(const Convolution& p) : e(p.epilogue), y(p.y), codes(p.codes), numbers(p.numbers) {
     const float most = 127.0f * e.code_scale.scale;
     const bool clamps = e.activation == ConvolutionActivation::kClamp;
     low = Floats{} + within(clamps ? e.low : -most, most);
@@ -135,13 +169,22 @@ struct Finish {
   }
   static float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }
 
-  // Whether `short_way` may be taken: no more than bounds, and then codes.
-  bool is_short() const {
-    return kHasQuotients && codes != nullptr && e.residual == nullptr && e.activation != ConvolutionActivation::kSilu &&
-           e.code_scale.inverse != 0.0f;
+  // Whether `short_way` may be taken for whole vectors: no more than bounds, and then codes.
+  bool is_short() const { return numbers && gives_codes() && e.activation != ConvolutionActivation::kSilu; }
+  // Whether `silu_way` may be.
+  bool is_silu() const { return gives_codes() && e.activation == ConvolutionActivation::kSilu; }
+  bool gives_codes() const {
+    return kHasQuotients && codes != nullptr && e.residual == nullptr && e.code_scale.inverse != 0.0f;
   }
-  void short_way(Floats v, int64_t at, int count) const {
-    store_codes(codes + at, quotients(v, low, high, scale, inverse), count);
+  void silu_way(Floats v, int64_t at) const {
+    store_codes(codes + at, quotients(silu(v), low, high, scale, inverse), kLanes);
+  }
+  __attribute__((always_inline)) void short_way(Floats v, int64_t at) const {
+#if defined(__AVX512F__)
+    store_quotients(codes + at, v, low, high, scale, inverse);
+#else
+    store_codes(codes + at, quotients(v, low, high, scale, inverse), kLanes);
+#endif
   }
   // `v` has its bias already; `count` channels from a position of the result on.
   void operator()(Floats v, int64_t at, int count) const {

@@ -1,6 +1,7 @@
 // Depthwise convolutions of codes of images with their channels last: see convolution.h. Compiled once per instruction set.
 //
-// A few pixels beside each other share the weights that are loaded. What is outside of the image is read from a row of
+// A few pixels beside each other share the weights that are loaded, and those columns of the image that several of their
+// windows have. What is outside of the image is read from a row of
 // zeros, so that the sum of a channel's weights, times 128, is what bytes with 128 added give too much everywhere.
 #include "convolution_finish.h"
 
@@ -15,7 +16,8 @@ constexpr int64_t kMostPositions = 64;  // whose places are held at once
 // Adds products of bytes that were widened to 32 bits and of weights; both fit into 16.
 inline Ints add_products(Ints sum, Ints x, Ints w) {
 #if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "vm"(w));  // around the intrinsic GCC 12 copies sums
+  return sum;
 #elif defined(__AVX2__)
   return (Ints)((Unsigned32)sum + (Unsigned32)_mm256_madd_epi16((__m256i)x, (__m256i)w));
 #else
@@ -73,12 +75,84 @@ inline void find(const Window& w, const uint8_t* x, const uint8_t* zeros, int64_
   }
 }
 
+// The columns of the image that the windows of some pixels beside each other have, for each row of the windows.
+constexpr int kMostColumns = 11, kMostRows = 7;
+struct Columns {
+  const uint8_t* at[kMostRows][kMostColumns];
+
+  Columns(const Window& w, const uint8_t* x, const uint8_t* zeros, int64_t row, int64_t column, int count) {
+    const int64_t left = column * w.stride_w - w.left;
+    for (int64_t kh = 0; kh < w.k_h; ++kh) {
+      const int64_t y = row * w.stride_h - w.top + kh * w.dilation_h;
+      const bool inside = y >= 0 && y < w.h;
+      for (int j = 0; j < count; ++j)
+        at[kh][j] = inside && left + j >= 0 && left + j < w.w ? x + (y * w.w + left + j) * w.c : zeros;
+    }
+  }
+};
+
+// As `add`, of windows of KW columns, S between two: each column is read once for all pixels.
+template <int P, int V, int KW, int S>
+inline void add_columns(Ints (&sums)[P][V], const Convolution& p, const Columns& columns, int64_t c) {
+  constexpr int kColumns = (P - 1) * S + KW;
+  static_assert(kColumns <= kMostColumns);
+  const int32_t* weights = static_cast<const int32_t*>(p.weights) + c;
+  for (int64_t kh = 0; kh < p.window.k_h; ++kh, weights += KW * p.stride) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      Ints w[KW];
+#pragma GCC unroll 5
+      for (int k = 0; k < KW; ++k) w[k] = *reinterpret_cast<const Ints*>(weights + k * p.stride + v * kLanes);
+#pragma GCC unroll 11
+      for (int j = 0; j < kColumns; ++j) {
+        const Ints x = widen_unsigned(columns.at[kh][j] + c + v * kLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < P; ++i)
+          if (j - i * S >= 0 && j - i * S < KW) sums[i][v] = add_products(sums[i][v], x, w[j - i * S]);
+      }
+    }
+  }
+}
+
+template <int P, int V>
+inline void begin(Ints (&sums)[P][V], const Convolution& p, int64_t c) {
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    const Ints first = (Ints)(-(Unsigned32)*reinterpret_cast<const Ints*>(p.offset + c + v * kLanes));
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) sums[i][v] = first;
+  }
+}
+
+template <int P, int V, bool kWhole>
+inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)[P][V], int64_t pixel, float row_scale,
+                  int64_t c) {
+  const int64_t apart = p.window.c;
+  const bool is_short = kWhole && finish.is_short();
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    const int64_t at = c + v * kLanes;
+    const int count = kWhole ? kLanes : static_cast<int>(apart - at);
+    const Floats factor = row_scale * load(p.scale + at);
+    const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) {
+      const Floats value = as_floats(sums[i][v]) * factor + bias;
+      if (is_short)
+        finish.short_way(value, (pixel + i) * apart + at);
+      else
+        finish(value, (pixel + i) * apart + at, count);
+    }
+  }
+}
+
 template <int P, int V, bool kWhole>
 inline void some_channels(const Convolution& p, const Finish& finish, const Places* found, Places& places,
                           const uint8_t* x, const uint8_t* zeros, int64_t row, int64_t column, int64_t pixel,
                           float row_scale, int64_t c) {
-  const int64_t positions = p.window.k_h * p.window.k_w, apart = p.window.c;
-  Ints sums[P][V] = {};
+  const int64_t positions = p.window.k_h * p.window.k_w;
+  Ints sums[P][V];
+  begin(sums, p, c);
   if (found != nullptr) {
     add<P, V, kWhole>(sums, p, *found, 0, positions, c);
   } else {
@@ -88,34 +162,17 @@ inline void some_channels(const Convolution& p, const Finish& finish, const Plac
       add<P, V, kWhole>(sums, p, places, first, count, c);
     }
   }
-  const bool is_short = kWhole && finish.is_short();
-#pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) {
-    const int64_t at = c + v * kLanes;
-    const int count = kWhole ? kLanes : static_cast<int>(apart - at);
-    const Ints offset = *reinterpret_cast<const Ints*>(p.offset + at);
-    const Floats factor = row_scale * load(p.scale + at);
-    const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
-#pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) {
-      const Floats value = as_floats((Ints)((Unsigned32)sums[i][v] - (Unsigned32)offset)) * factor + bias;
-      if (is_short)
-        finish.short_way(value, (pixel + i) * apart + at, kLanes);
-      else
-        finish(value, (pixel + i) * apart + at, count);
-    }
-  }
+  write<P, V, kWhole>(p, finish, sums, pixel, row_scale, c);
 }
 
 template <int P>
 void pixels(const Convolution& p, const Finish& finish, const uint8_t* x, const uint8_t* zeros, int64_t row,
-            int64_t column, int64_t pixel, float row_scale) {
+            int64_t column, int64_t pixel, float row_scale, int64_t c = 0) {
   const Window& w = p.window;
   const int64_t channels = w.c, positions = w.k_h * w.k_w;
   Places places;
   const Places* found = positions <= kMostPositions ? &places : nullptr;
   if (found != nullptr) find<P>(w, x, zeros, row, column, 0, positions, places);
-  int64_t c = 0;
   for (; c + kVectors * kLanes <= channels; c += kVectors * kLanes)
     some_channels<P, kVectors, true>(p, finish, found, places, x, zeros, row, column, pixel, row_scale, c);
   for (; c + kLanes <= channels; c += kLanes)
@@ -123,17 +180,59 @@ void pixels(const Convolution& p, const Finish& finish, const uint8_t* x, const 
   if (c < channels) some_channels<P, 1, false>(p, finish, found, places, x, zeros, row, column, pixel, row_scale, c);
 }
 
+// Channels [0, end) of kPixels pixels, whole vectors.
+using Beside = void(const Convolution& p, const Finish& finish, const uint8_t* x, const uint8_t* zeros, int64_t row,
+                    int64_t column, int64_t pixel, float row_scale, int64_t end);
+
+template <int KW, int S>
+void beside(const Convolution& p, const Finish& finish, const uint8_t* x, const uint8_t* zeros, int64_t row,
+            int64_t column, int64_t pixel, float row_scale, int64_t end) {
+  const Columns columns(p.window, x, zeros, row, column, (kPixels - 1) * S + KW);
+  int64_t c = 0;
+  for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
+    Ints sums[kPixels][kVectors];
+    begin(sums, p, c);
+    add_columns<kPixels, kVectors, KW, S>(sums, p, columns, c);
+    write<kPixels, kVectors, true>(p, finish, sums, pixel, row_scale, c);
+  }
+  for (; c < end; c += kLanes) {
+    Ints sums[kPixels][1];
+    begin(sums, p, c);
+    add_columns<kPixels, 1, KW, S>(sums, p, columns, c);
+    write<kPixels, 1, true>(p, finish, sums, pixel, row_scale, c);
+  }
+}
+
+// For windows that many networks have; null for others.
+Beside* beside_of(const Window& w) {
+  if (w.dilation_w != 1 || w.k_h > kMostRows || w.out_w < kPixels) return nullptr;
+  if (w.k_w == 3) return w.stride_w == 1 ? beside<3, 1> : w.stride_w == 2 ? beside<3, 2> : nullptr;
+  if (w.k_w == 5) return w.stride_w == 1 ? beside<5, 1> : w.stride_w == 2 ? beside<5, 2> : nullptr;
+  return nullptr;
+}
+
 void rows(const Convolution& p, const uint8_t* zeros, int64_t row, int64_t row_end) {
   const Window& w = p.window;
   const Finish finish(p);
+  Beside* const together = beside_of(w);
+  const int64_t whole = together == nullptr ? 0 : w.c / kLanes * kLanes;
   for (; row < row_end; ++row) {
-    const int64_t image = row / w.out_h;
+    const int64_t image = row / w.out_h, line = row * w.out_w;
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + image * w.h * w.w * w.c;
+    const float row_scale = p.row_scale[image];
+    if (whole > 0) {
+      for (int64_t column = 0; column < w.out_w; column += kPixels) {
+        // The last ones may be computed twice, which takes less time than each for itself.
+        const int64_t from = column + kPixels <= w.out_w ? column : w.out_w - kPixels;
+        together(p, finish, x, zeros, row % w.out_h, from, line + from, row_scale, whole);
+      }
+    }
+    if (whole == w.c) continue;
     int64_t column = 0;
     for (; column + kPixels <= w.out_w; column += kPixels)
-      pixels<kPixels>(p, finish, x, zeros, row % w.out_h, column, row * w.out_w + column, p.row_scale[image]);
+      pixels<kPixels>(p, finish, x, zeros, row % w.out_h, column, line + column, row_scale, whole);
     for (; column < w.out_w; ++column)
-      pixels<1>(p, finish, x, zeros, row % w.out_h, column, row * w.out_w + column, p.row_scale[image]);
+      pixels<1>(p, finish, x, zeros, row % w.out_h, column, line + column, row_scale, whole);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -21,6 +22,20 @@ inline void pause() {
 // How often to look whether parts that others have begun are done, before sleeping: some 30 microseconds. Parts take no
 // longer as a rule, and to be woken takes as long, in a virtual machine more.
 constexpr int kLooks = 1000;
+
+// For how long a thread of the pool that found nothing more to do surely looks for more before it sleeps, in nanoseconds.
+constexpr int64_t kAwake = 30'000;
+
+inline int64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+
+// When another thread of the pool was last done with parts.
+inline std::atomic<int64_t>& last_helped() {
+  static std::atomic<int64_t> at{INT64_MIN / 2};
+  return at;
+}
+
+// Whether another thread is awake, as far as one knows: then it takes parts at once, and even short ones are worth it.
+inline bool others_are_awake() { return nanoseconds() - last_helped().load(std::memory_order_relaxed) < kAwake; }
 
 // Calls work(i) for each i below `count`. The calling thread takes parts like all others and waits only for parts that
 // another thread has begun: so it cannot wait for ever, even if it is the pool's only thread.
@@ -47,7 +62,11 @@ void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
       }
     }
   };
-  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule([take] { take(); });
+  for (int64_t helper = 0; helper < helpers; ++helper)
+    pool.Schedule([take] {
+      take();
+      last_helped().store(nanoseconds(), std::memory_order_relaxed);
+    });
   take();
   for (int look = 0; look < kLooks && state->done.load() != count; ++look) pause();
   if (state->done.load() == count) return;

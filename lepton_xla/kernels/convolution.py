@@ -128,9 +128,8 @@ def convolve_codes(
         return jnp.zeros(*_shape(x, weight.values, geometry=geometry))
     static = jnp.zeros(0, jnp.float32) if static_scale is None else jnp.reshape(static_scale, (1,))
     none = jnp.zeros(0, jnp.float32)
-    return _INTEGER_CONVOLUTION.bind(
-        x, weight.values, weight.scale, static, none, none, none, geometry=geometry, epilogue=Epilogue()
-    )
+    operands = Operands(x, weight.values, weight.scale, static, result=none, gate=none, bias=none, residual=none)
+    return operands.bind({"geometry": geometry, "epilogue": Epilogue()})
 
 
 class Operands(NamedTuple):
@@ -141,6 +140,8 @@ class Operands(NamedTuple):
         codes, scale: of the weight.
         static: the scale of the images.
         result: the scale of the result, which is rounded and written `in_codes`.
+        gate: what images are multiplied by before they are rounded, float32 [N, 1, 1, C]; not with a filter a channel,
+            and with a static scale.
         bias, residual: of the epilogue.
     """
 
@@ -149,12 +150,19 @@ class Operands(NamedTuple):
     scale: Any
     static: Any
     result: Any
+    gate: Any
     bias: Any
     residual: Any
 
     def bind(self, params: Mapping[str, Any]) -> jax.Array:
         """The convolution of these operands."""
         return _INTEGER_CONVOLUTION.bind(*self, **params)
+
+    def may_be_gated(self, geometry: Geometry) -> bool:
+        """Whether images may be multiplied by a gate, and are not yet."""
+        filters = self.codes.shape[0] == math.prod(geometry.window) and self.x.shape[3] != 1
+        static = self.static.shape[0] == 1 and self.x.dtype == jnp.float32
+        return static and self.gate.ndim == 1 and not filters
 
 
 def in_codes(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -221,6 +229,8 @@ def _codes_by_xla(*operands: jax.Array, geometry: Geometry, epilogue: Epilogue) 
     """The same in XLA's own operations."""
     given, int8 = Operands(*operands), FORMATS["int8"]
     x, static = given.x, given.static
+    if given.gate.ndim == 4:
+        x = x * given.gate
     examples = (
         absmax_scale(magnitude(x, (1, 2, 3)), int8) if static.shape[0] == 0 else jnp.reshape(static, (1, 1, 1, 1))
     )
@@ -255,6 +265,6 @@ def _integer_call(*operands: Any, **params: Any) -> tuple[str, tuple[Any, ...], 
 
 _CONVOLUTION = _compat.row_primitive("convolution", _shape, _by_xla, _float_call, by_row=(0, 3))
 _INTEGER_CONVOLUTION = _compat.row_primitive(
-    "integer_convolution", _shape_of_codes, _codes_by_xla, _integer_call, by_row=(0, 6)
+    "integer_convolution", _shape_of_codes, _codes_by_xla, _integer_call, by_row=(0, 5, 7)
 )
 PRIMITIVES = {"convolution": _CONVOLUTION, "integer_convolution": _INTEGER_CONVOLUTION}

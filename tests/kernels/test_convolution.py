@@ -82,9 +82,10 @@ def of_codes(x, weight, geometry, static=None):
         return summed(codes, window, geometry).astype(np.float32) * (scale * np.asarray(weight.scale))
 
 
-def by_kernel(name, operands, bias, residual, geometry, epilogue):
-    """One call of the primitive with an epilogue."""
-    given_operands = [jnp.asarray(operand) for operand in (*operands, NONE, NONE)]
+def by_kernel(name, operands, bias, residual, geometry, epilogue, gate=NONE):
+    """One call of the primitive with an epilogue, and of codes with a gate."""
+    gates = [gate] if name == "integer_convolution" else []
+    given_operands = [jnp.asarray(operand) for operand in (*operands, *gates, NONE, NONE)]
     return np.asarray(
         convolution.followed(name, given_operands, jnp.asarray(bias), jnp.asarray(residual), geometry, epilogue)
     )
@@ -140,23 +141,24 @@ def test_every_shape_in_float(variants, size, channels, columns, depthwise, geom
     geometry=GEOMETRIES,
     epilogue=EPILOGUES,
     extra=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 0.02])),
-    between=st.tuples(st.booleans(), st.sampled_from([None, 0.5])),
+    between=st.tuples(st.sampled_from(["", "codes", "gate"]), st.sampled_from([None, 0.5])),
 )
 def test_every_shape_of_codes(variants, size, channels, columns, depthwise, geometry, epilogue, extra, between):
-    """Floats or codes go in, floats or codes come out."""
+    """Floats, with a gate or not, or codes go in, floats or codes come out."""
     x, columns = array(*size, channels), channels if depthwise else columns
     x[0] = 0
     weight = stored(math.prod(geometry.window) * (1 if depthwise else channels), columns, per_channel=extra[2])
-    exact = of_codes(x, weight, geometry, extra[3])
+    gate = array(size[0], 1, 1, channels, seed=5) if between[0] == "gate" and extra[3] and not depthwise else NONE
+    exact = of_codes(x * gate if gate.size else x, weight, geometry, extra[3])
     bias = array(columns, seed=3) if extra[0] else NONE
     residual = array(*exact.shape, seed=4) if extra[1] else NONE
     static, result = (NONE if scale is None else np.full(1, scale, np.float32) for scale in (extra[3], between[1]))
-    image = (rounded(x, extra[3])[0] + 128).astype(np.uint8) if between[0] and extra[3] else x
+    image = (rounded(x, extra[3])[0] + 128).astype(np.uint8) if between[0] == "codes" and extra[3] else x
     operands = (image, weight.values, weight.scale, static, result)
     blurred = epilogue.activation == "silu" or bias.size
     expected = finished(exact.astype(np.float64) if blurred else exact, bias, residual, epilogue)
     for _ in variants():
-        got = by_kernel("integer_convolution", operands, bias, residual, geometry, epilogue)
+        got = by_kernel("integer_convolution", operands, bias, residual, geometry, epilogue, gate)
         if result.size:
             apart = np.abs(got.astype(int) - 128 - rounded(expected.astype(np.float32), between[1])[0])
             assert apart.max(initial=0) <= (1 if blurred else 0)
@@ -357,7 +359,7 @@ def test_geometries_that_reach_outside_are_refused(kernels, place):
     numbers[place] = -1 if place > 5 else 0
     for name, operands in {
         "convolution": ((2, 3, 3, 3), (3, 3, 3, 4), (0,), (0,)),
-        "integer_convolution": ((2, 3, 3, 3), (27, 4), (1, 4), (0,), (0,), (0,), (0,)),
+        "integer_convolution": ((2, 3, 3, 3), (27, 4), (1, 4), (0,), (0,), (0,), (0,), (0,)),
     }.items():
         call = jax.ffi.ffi_call(f"{installation.PREFIX}{name}", jax.ShapeDtypeStruct((2, 3, 3, 4), jnp.float32))
         kinds = ["i1" if name[0] == "i" and at == 1 else "f4" for at in range(len(operands))]

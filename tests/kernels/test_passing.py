@@ -62,6 +62,29 @@ def one_scale(x, w, ranges):
     return convolution.convolve_codes(y, *first, scale) + convolution.convolve_codes(y, *second, scale)
 
 
+def gated(x, w, ranges):
+    """As EfficientNet has it."""
+    y = nn.relu6(conv(x, w["wide"], POINT, ranges[0]))
+    y = nn.relu6(conv(y, w["each"], AROUND, ranges[1]))
+    return conv(nn.sigmoid(y.mean((1, 2), keepdims=True)) * y, w["narrow"], POINT, ranges[2]) + x
+
+
+def gated_only(x, w, ranges):
+    """What is gated is the only reader of a convolution's floats: they are not the codes that it would round."""
+    y = conv(x, w["wide"], POINT, ranges[0])
+    return conv(y * x[:, :1, :1], w["narrow"], POINT, ranges[2])
+
+
+def gated_and_read(x, w, ranges):
+    y = conv(x, w["wide"], POINT, ranges[0]) * x[:, :1, :1]
+    return conv(y, w["narrow"], POINT, ranges[2]) + y
+
+
+def gated_each(x, w, ranges):
+    """With a filter a channel, and with the scale of each example: not by the kernel."""
+    return conv(x * x[:, :1, :1], w["each"], AROUND, ranges[2]) + conv(x * x[:, :1, 1:2], w["narrow"], POINT)
+
+
 def kinds(fn, *given):
     """Of the images that convolutions read and write."""
     found = [eqn for eqn in jax.make_jaxpr(fn)(*given).jaxpr.eqns if eqn.primitive.name == "integer_convolution"]
@@ -79,6 +102,10 @@ CASES = [
     (dynamic, [FLOATS, FLOATS]),
     (two_scales, [FLOATS] * 3),
     (one_scale, [FIRST, LAST, LAST]),
+    (gated, [FIRST, LAST, FLOATS]),
+    (gated_only, [FLOATS, FLOATS]),
+    (gated_and_read, [FLOATS, FLOATS]),
+    (gated_each, [FLOATS, FLOATS]),
 ]
 
 
@@ -98,3 +125,17 @@ def test_by_kernels_too(kernels):
     given = operands(38)
     fused = fuse(block)
     np.testing.assert_array_equal(jax.jit(pass_codes(fused))(*given), jax.jit(fused)(*given))
+
+
+GATES = [(gated, 1), (gated_only, 1), (gated_and_read, 0), (gated_each, 0), (block, 0)]
+
+
+@pytest.mark.parametrize(("fn", "gates"), GATES)
+def test_gates_are_taken_by_kernels(kernels, fn, gates):
+    given = operands(38)
+    made = pass_codes(fuse(fn))
+    equations = jax.make_jaxpr(made)(*given).jaxpr.eqns
+    taken = [eqn for eqn in equations if eqn.primitive.name == "integer_convolution" and eqn.invars[5].aval.ndim == 4]
+    assert len(taken) == gates
+    got, wanted = jax.jit(made)(*given), jax.jit(fn)(*given)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)  # XLA contracts sums of products

@@ -1,4 +1,8 @@
-"""Gives convolutions by kernels what follows them, bias, activation, residual, so that it costs no pass of its own."""
+"""Gives convolutions by kernels what is around them, so that it costs no pass of its own.
+
+That is bias, activation and residual after them, and before those of codes a factor for each channel of an example, as
+squeeze-excite has it.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,17 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.kernels import convolution
-from lepton_xla.kernels.convolution import Epilogue
+from lepton_xla.kernels.convolution import Epilogue, Operands
 from lepton_xla.passes.core.activations import Graph, find_activation
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
 
-_FOLLOWING = ("add", "max", "min", "clamp", "logistic", "mul")
+_AROUND = ("add", "max", "min", "clamp", "logistic", "mul")
 
 
 @dataclasses.dataclass
 class _Chain:
-    """A convolution and the equations after it that it can compute.
+    """A convolution and the equations around it that it can compute.
 
     Attributes:
         start: the convolution.
@@ -33,6 +37,7 @@ class _Chain:
         members: all of them but the last, `start` included.
         bias: the equation that adds a bias, and which of its operands that is.
         residual: likewise.
+        gate: the equation before it that multiplies its images by factors, and which of its operands these are.
     """
 
     start: Any
@@ -41,6 +46,7 @@ class _Chain:
     members: list[Any] = dataclasses.field(default_factory=list[Any])
     bias: tuple[Any, int] | None = None
     residual: tuple[Any, int] | None = None
+    gate: tuple[Any, int] | None = None
 
     @property
     def free(self) -> bool:
@@ -59,12 +65,12 @@ class _Chain:
 
 
 def fuse(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Let convolutions by kernels compute the bias, the activation and the residual that follow them.
+    """Let convolutions by kernels compute the bias, the activation and the residual that follow them, and gates.
 
     Args:
         fn: any function, for inference.
     """
-    flat = rewrite(fn, dict.fromkeys((*convolution.PRIMITIVES, *_FOLLOWING), _leave), inline=True, on_unknown="keep")
+    flat = rewrite(fn, dict.fromkeys((*convolution.PRIMITIVES, *_AROUND), _leave), inline=True, on_unknown="keep")
     return rewrite(flat, _rules, inline=True, on_unknown="keep")
 
 
@@ -97,7 +103,12 @@ def _rules(closed: Any) -> Mapping[str, Rule]:
         if chain is None:
             return None
         notes[str(id(eqn))] = values
-        operands = [materialize(value) for value in notes[str(id(chain.start))]]
+        values = notes[str(id(chain.start))]
+        if chain.gate is not None:
+            gate, place = chain.gate
+            factors = notes[str(id(gate))]
+            values = list(Operands(*values)._replace(x=factors[1 - place], gate=factors[place]))
+        operands = [materialize(value) for value in values]
 
         def operand(place: tuple[Any, int] | None) -> jax.Array | None:
             return None if place is None else materialize(notes[str(id(place[0]))][place[1]])
@@ -124,11 +135,30 @@ def _chains(jaxpr: Any) -> list[_Chain]:
     for eqn in equations:
         if eqn.primitive.name in convolution.PRIMITIVES:
             chain = _Chain(eqn, eqn, eqn.params["epilogue"])
+            _gate(chain, graph, taken)
             while _extend(chain, graph, taken):
                 pass
             taken |= {id(each) for each in (*chain.members, chain.end)}
             found.append(chain)
     return found
+
+
+def _gate(chain: _Chain, graph: Graph, taken: set[int]) -> None:
+    """Take the equation before a convolution of codes in, if it multiplies each channel of an example by a factor."""
+    start = chain.start
+    eqn = graph.made_by(start.invars[0])
+    if start.primitive is not convolution.PRIMITIVES["integer_convolution"] or eqn is None or id(eqn) in taken:
+        return
+    if eqn.primitive.name != "mul" or graph.only_reader(eqn.outvars[0]) is not start:
+        return
+    shape = eqn.outvars[0].aval.shape
+    images, factors = shape, (shape[0], 1, 1, shape[3])
+    shapes = [atom.aval.shape for atom in eqn.invars]
+    given = Operands(*(atom.aval for atom in start.invars))
+    fit = factors != images and shapes in ([images, factors], [factors, images])
+    if fit and given.may_be_gated(start.params["geometry"]):
+        chain.gate = (eqn, shapes.index(factors))
+        chain.members.append(eqn)
 
 
 def _extend(chain: _Chain, graph: Graph, taken: set[int]) -> bool:

@@ -69,4 +69,5 @@ def _rounds(reader: Any, image: Any) -> bool:
     if reader.primitive.name != _NAME:
         return False
     given = Operands(*reader.invars)
-    return given.x is image and given.static.aval.shape == (1,) and given.residual is not image
+    gated = given.gate.aval.ndim > 1
+    return given.x is image and given.static.aval.shape == (1,) and given.residual is not image and not gated
