@@ -48,8 +48,35 @@ def modules(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
     yield importlib.import_module("loop"), importlib.import_module("reports")
-    for name in ("loop", "reports"):
+    for name in ("loop", "reports", "runs"):
         sys.modules.pop(name, None)
+
+
+def test_what_was_measured_is_not_measured_again(modules, monkeypatch, tmp_path):
+    runs, calls, made = importlib.import_module("runs"), [], tmp_path / "made"
+
+    def measure(name="right"):
+        calls.append(name)
+        made.touch()
+        return {"curve": [(1, 0.5)], "name": name}
+
+    file = tmp_path / "figures" / "one.json"
+    for known, count in (([1, "a"], 1), ([1, "a"], 1), ([2, "a"], 2)):
+        assert runs.measured(file, known, measure, [made])["name"] == "right"
+        assert len(calls) == count
+    made.unlink()  # what the figures are of is gone
+    runs.measured(file, [2, "a"], measure, [made])
+    monkeypatch.setattr(runs, "code", lambda: "of another version")
+    runs.measured(file, [2, "a"], measure, [made])
+    assert len(calls) == 4
+
+    def broken():
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        runs.measured(file, [3], broken)
+    assert runs.measured(file, [2, "a"], measure, [made])["name"] == "right"
+    assert len(calls) == 5  # what is measured may overwrite what earlier figures were of
 
 
 def test_latency_and_failures_of_a_load_are_read(modules, monkeypatch):

@@ -5,13 +5,15 @@
 Trains a network and a smaller one that it teaches, has `leptonx tune` find the smallest formats, compiles the result
 so that it takes JPEG files and gives names, judges it on files that nothing was chosen by, and serves it: 100
 requests/s, then images that are suddenly inverted, from which it learns. A network that knows the digits 0 to 4 learns
-the others from 20 examples of each, by its last layer alone and with low-rank weights. Trainings are kept in
-build/apps/images, so a run that was broken off goes on. Writes report.html there, and build/apps/summary.json.
+the others from 20 examples of each, by its last layer alone and with low-rank weights. Trainings and figures
+are kept in build/apps/images, so a run that was broken off goes on. Writes report.html there, and
+build/apps/summary.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -25,6 +27,7 @@ import digits_data
 import loop
 import numpy as np
 import reports
+import runs
 import targets
 import training
 
@@ -99,29 +102,46 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             right, lowest = training.accuracy(program, known.judged, known.judged_labels)
             print(f"  seed {seed}, {name}: accuracy {right:.4f}, lowest recall {lowest:.4f} ({chosen:.4f} of those to "
                   f"choose by; {time.perf_counter() - start:.0f} s)", flush=True)  # fmt: skip
-    tuned = loop.tuned(
-        f"{TARGETS}:model", folder, "digits", "--metric", "right", "--max-drop", "0.3", "--minutes",
-        given.minutes, *(["--trials", 1] if given.quick else []),
+    limits = ["--metric", "right", "--max-drop", "0.3", "--minutes", given.minutes]
+    limits += ["--trials", 1] if given.quick else []
+    of, figures_of = [steps, known.judged_on, limits], folder / "figures"
+    tuned = runs.measured(
+        figures_of / "tuned.json", of, lambda: loop.tuned(f"{TARGETS}:model", folder, "digits", *limits),
+        [folder / "digits.lepton", folder / "tune.html"],
     )  # fmt: skip
+    of.append(tuned["best"]["recipe"])
     recipe = lx.Recipe.parse(tuned["best"]["recipe"], name="tuned")
     kinds = {
         "float": lambda seed: judged_as(training.teacher(seed, steps), files, folder),
         "taught": lambda seed: judged_as(training.student(seed, steps), files, folder),
         "tuned": lambda seed: judged_as(training.student(seed, steps), files, folder, recipe),
     }
-    each = {name: [kind(seed) for seed in range(seeds)] for name, kind in kinds.items()}
+    each = {
+        name: [
+            runs.measured(figures_of / f"{name}-{seed}.json", of, functools.partial(kind, seed))
+            for seed in range(seeds)
+        ]
+        for name, kind in kinds.items()
+    }
     rows = {name: reports.medians(found) for name, found in each.items()}
     for name, row in rows.items():
         print(f"  {name:<8}accuracy {row['accuracy']:.4f}  lowest recall {row['lowest_recall']:.4f}  "
               f"{row['weights_bytes']:,.0f} bytes", flush=True)  # fmt: skip
-    loop.leptonx("eval", f"{TARGETS}:model", folder / "digits.lepton", "--report", folder / "eval.html")
+    page = folder / "eval.html"
+    runs.measured(
+        figures_of / "eval.json", of,
+        lambda: loop.leptonx("eval", f"{TARGETS}:model", folder / "digits.lepton", "--report", page), [page],
+    )  # fmt: skip
     one = folder / "one.jpg"
     one.write_bytes(files[0])
     inverted = [digits_data.jpeg(1 - image) for image in known.judged]
     plan = users({False: files, True: inverted}, known.judged_labels)
-    lived = loop.lived(
-        folder / "digits.lepton", f"{TARGETS}:learning", folder, plan, 20 if given.quick else 1500, f"image={one}",
-        3.0 if given.quick else SECONDS,
+    lived = runs.measured(
+        figures_of / "life.json", [of, given.quick],
+        lambda: loop.lived(
+            folder / "digits.lepton", f"{TARGETS}:learning", folder, plan, 20 if given.quick else 1500, f"image={one}",
+            3.0 if given.quick else SECONDS,
+        ),
     )  # fmt: skip
     figures = {
         **rows["tuned"], **lived, "judged_on": known.judged_on, "seeds": seeds, "steps": steps, "kinds": rows,

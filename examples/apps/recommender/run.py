@@ -29,6 +29,7 @@ import network
 import numpy as np
 import ranking
 import reports
+import runs
 import targets
 import training
 
@@ -136,28 +137,38 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "popularity": ranking.judge(ranking.popularity(films.sessions, films.count), *tests[1:]),
         "item-kNN": ranking.judge(ranking.item_neighbours(films.sessions, films.count), *tests[1:]),
     }
-    runs: list[dict[str, float]] = []
+    each: list[dict[str, float]] = []
     for seed in range(seeds):
         start = time.perf_counter()
-        runs.append(judged(own.served(seed), tests))
+        each.append(judged(own.served(seed), tests))
         before = judged(own.served(seed), films.tests(place=2))
-        print(f"  seed {seed}: {_text(runs[-1])}  (pairwise {before['pairwise']:.4f} of those to choose by; "
+        print(f"  seed {seed}: {_text(each[-1])}  (pairwise {before['pairwise']:.4f} of those to choose by; "
               f"{time.perf_counter() - start:.0f} s)", flush=True)  # fmt: skip
-    rows["GRU, float"] = reports.medians(runs)
+    rows["GRU, float"] = reports.medians(each)
     for part in own.parts:
         found = [judged(own.served(seed, missing=part), tests) for seed in range(seeds)]
         rows[f"{part} missing at serving"] = reports.medians(found)
-    tuned = loop.tuned(
-        f"{TARGETS}:model", folder, "films", "--metric", "pairwise", "--max-drop", "0.3", "--minutes",
-        given.minutes, *(["--trials", 1] if given.quick else []),
+    limits = ["--metric", "pairwise", "--max-drop", "0.3", "--minutes", given.minutes]
+    limits += ["--trials", 1] if given.quick else []
+    of, figures_of = [settings, films.source, own.parts, limits], folder / "figures"
+    tuned = runs.measured(
+        figures_of / "tuned.json", of, lambda: loop.tuned(f"{TARGETS}:model", folder, "films", *limits),
+        [folder / "films.lepton", folder / "tune.html"],
     )  # fmt: skip
     recipe = lx.Recipe.parse(tuned["best"]["recipe"], name="tuned")
     inputs = films.tests(place=2)[0]
     calibration = [{name: each[:64] for name, each in inputs.items()}]
-    steps = {"float": made_small(own.served(0), None, tests, folder, calibration)}
+
+    def smaller(name: str, recipe: lx.Recipe | None, seed: int = 0) -> dict[str, float]:
+        return runs.measured(
+            figures_of / f"{name}-{seed}.json", [of, str(recipe)],
+            lambda: made_small(own.served(seed), recipe, tests, folder, calibration),
+        )  # fmt: skip
+
+    steps = {"float": smaller("float", None)}
     for name, preset in {} if given.quick else STEPS.items():
-        steps[name] = made_small(own.served(0), lx.Recipe.load(preset), tests, folder, calibration)
-    small = [made_small(own.served(seed), recipe, tests, folder, calibration) for seed in range(seeds)]
+        steps[name] = smaller(preset, lx.Recipe.load(preset))
+    small = [smaller("served", recipe, seed) for seed in range(seeds)]
     steps["tuned (served)"] = small[0]
     rows["tuned (served)"] = reports.medians(small)
     for name, row in rows.items():
@@ -167,13 +178,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(f"  {name:<32}{_text(row)}{row['bytes']:>12,} bytes{row['ms']:8.3f} ms a session", flush=True)
     plan, one = users(films), folder / "one.npz"
     np.savez(one, **{name: each[:1] for name, each in inputs.items()})
-    lived = loop.lived(
-        folder / "films.lepton", f"{TARGETS}:learning", folder, plan, 20 if given.quick else 200, str(one),
-        3.0 if given.quick else given.seconds,
+    seconds = 3.0 if given.quick else given.seconds
+    lived = runs.measured(
+        figures_of / "life.json", [of, tuned["best"]["recipe"], seconds],
+        lambda: loop.lived(
+            folder / "films.lepton", f"{TARGETS}:learning", folder, plan, 20 if given.quick else 200, str(one), seconds
+        ),
     )  # fmt: skip
     figures = {
         **rows["tuned (served)"], **lived, "data": films.source, "titles": "titles" in own.features, "seeds": seeds,
-        "epochs": epochs, "kinds": rows, "runs": runs, "steps": steps, "recipe": tuned["best"]["recipe"],
+        "epochs": epochs, "kinds": rows, "runs": each, "steps": steps, "recipe": tuned["best"]["recipe"],
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
     reports.write("recommender", figures, AIMS, _page(figures, plan, folder))

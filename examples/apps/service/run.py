@@ -11,14 +11,15 @@ which says the kind; with these it is compiled with its tokenizer and served. Fi
 counts if it is, word by word, that of the right kind.
 
 Then a network that was trained before anybody asked about topping up is served. All ask about that; the alert has to
-fire, and the network learns from the right replies, as feedback gives them, and is rolled out. Trainings are kept in
-build/apps/service, so a run that was broken off goes on with the next. Writes service.lepton and report.html there, and
+fire, and the network learns from the right replies, as feedback gives them, and is rolled out. Trainings and figures
+are kept in build/apps/service, so a run that was broken off goes on. Writes service.lepton and report.html there, and
 its figures to build/apps/summary.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import json
 import pathlib
@@ -37,6 +38,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import loop
 import questions
 import reports
+import runs
 import targets
 import words
 
@@ -137,9 +139,9 @@ def once(
 
 
 def life(
-    setting: targets.Setting, folder: pathlib.Path, steps: int, *, quick: bool
+    setting: targets.Setting, folder: pathlib.Path, steps: int, of: Sequence[Any], *, quick: bool
 ) -> tuple[dict[str, Any], loop.Plan]:
-    """Serve the network of before, which learns what is new."""
+    """Serve the network of before, which learns what is new; `of` is what the served one depends on."""
     task, made, new = setting.task, setting.made, questions.new_kinds(setting.task)
     # The first tests of each sort only judge, the others are asked.
     sorts = {
@@ -178,8 +180,13 @@ def life(
         range(loop_judges, loop_judges + max(1, max(held.values()) // loop.ROWS)), generates=True,
         rule="shift > 0.1 over 500", patience_s=300.0, most=made.replies.shape[1], calm=100, learned=125,
     )  # fmt: skip
-    found = loop.lived(folder / "replies.lepton", f"{TARGETS}:learning", folder, plan, steps)
-    return found | chance(folder / "replies.lepton", asked[False], weights[False], made), plan
+    artifact = folder / "replies.lepton"
+    found = runs.measured(
+        folder / "figures" / "life.json", [of, steps],
+        lambda: loop.lived(artifact, f"{TARGETS}:learning", folder, plan, steps)
+        | chance(artifact, asked[False], weights[False], made),
+    )  # fmt: skip
+    return found, plan
 
 
 def chance(
@@ -227,18 +234,28 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     setting = targets.setting()
     setting.trained(0)
     setting.trained_before()  # here, and not in each of the commands that ask for it
-    tuned = loop.tuned(
-        f"{TARGETS}:model", folder, "replies", "--metric", "accuracy", "--max-drop", 10 if given.quick else 0.5,
-        "--minutes", given.minutes, *(["--trials", 2] if given.quick else []), compiled=f"{TARGETS}:served",
+    limits = ["--metric", "accuracy", "--max-drop", 10 if given.quick else 0.5, "--minutes", given.minutes]
+    limits += ["--trials", 2] if given.quick else []
+    of, figures_of = [setting.steps, setting.task.source, setting.task.strangers_from, limits], folder / "figures"
+    tuned = runs.measured(
+        figures_of / "tuned.json", of,
+        lambda: loop.tuned(f"{TARGETS}:model", folder, "replies", *limits, compiled=f"{TARGETS}:served"),
+        [folder / "replies.lepton", folder / "tune.html"],
     )  # fmt: skip
+    of.append(tuned["best"]["recipe"])
     recipe = lx.Recipe.parse(tuned["best"]["recipe"], name="tuned")
     print(f"  tuned: {tuned['best']['name']}", flush=True)
-    runs: list[dict[str, Any]] = []
+    each: list[dict[str, Any]] = []
     for seed in range(seeds):
         print(f"  seed {seed}:", flush=True)
-        runs.append(once(setting, seed, seconds, folder, recipe))
-    figures: dict[str, Any] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    found, plan = life(setting, folder, 300 if given.quick else 400, quick=given.quick)
+        each.append(
+            runs.measured(
+                figures_of / f"seed-{seed}.json", [of, seconds],
+                functools.partial(once, setting, seed, seconds, folder, recipe), [folder / "service.lepton"],
+            )
+        )  # fmt: skip
+    figures: dict[str, Any] = {name: statistics.median(run[name] for run in each) for name in each[0]}
+    found, plan = life(setting, folder, 300 if given.quick else 400, of, quick=given.quick)
     figures |= found
     figures |= {
         "questions": setting.task.source, "strangers": setting.task.strangers_from, "seeds": seeds,
@@ -248,8 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(
         f"service, {setting.task.source}; strangers of {setting.task.strangers_from}; {QUESTIONS_PER_S:g} questions/s:"
     )
-    page = [*_page(figures, runs), *loop.parts(found, plan, folder, ["tune.html"])]
-    reports.write("service", figures | {"runs": runs}, AIMS, page)
+    page = [*_page(figures, each), *loop.parts(found, plan, folder, ["tune.html"])]
+    reports.write("service", figures | {"runs": each}, AIMS, page)
     return figures
 
 

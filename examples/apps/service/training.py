@@ -105,14 +105,17 @@ def trained(
     """
     model = untrained(made, folder, seed)
     name = f"{len(task.train[0])}-{made.count}-{'minilm' if folder else 'small'}-{steps}-{seed}.npz"
-    found = runs.once(kept / name, lambda: _fitted(model, made, task, states if folder else None, seed, steps))
+    broken_off = train.Checkpoints((kept / name).with_suffix(""), every=200, keep=1)
+    found = runs.once(
+        kept / name, lambda: _fitted(model, made, task, states if folder else None, seed, steps, broken_off)
+    )
     weights = {**model.program.weights, **{path: jnp.asarray(leaf) for path, leaf in found.items()}}
     return model.program.replace(weights=weights), float(found["threshold"])
 
 
 def _fitted(
     model: train.Model, made: words.Words, task: questions.Task, states: Callable[[], np.ndarray] | None, seed: int,
-    steps: int,
+    steps: int, broken_off: train.Checkpoints,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """The weights that change, and the threshold."""
     kinds = np.array([*task.train[1], *[made.kinds - 1] * len(task.strangers)], np.int32)
@@ -132,7 +135,9 @@ def _fitted(
     optimizer = optax.adamw(
         optax.cosine_decay_schedule(RATE if states is not None else RATE / 2, steps), weight_decay=REST
     )
-    result = train.fit(model, loss_of(made), optimizer, batch, steps=steps, clip_norm=1.0, seed=seed)
+    result = train.fit(
+        model, loss_of(made), optimizer, batch, steps=steps, clip_norm=1.0, seed=seed, checkpoint=broken_off
+    )
     threshold = refusing(made, result.program.weights, {name: array[held] for name, array in rows.items()})
     return {**{path: result.program.weights[path] for path in model.weights}, "threshold": jnp.float32(threshold)}
 
