@@ -21,7 +21,8 @@ def app(monkeypatch, tmp_path):
     for folder in (FOLDER, FOLDER / "images"):
         monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
-    with jax.numpy_rank_promotion("allow"):  # the example is written as users write
+    # The example is written as users write.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield {name: importlib.import_module(name) for name in PARTS}
     for name in PARTS:
         sys.modules.pop(name, None)

@@ -23,7 +23,8 @@ def app(monkeypatch, tmp_path):
     monkeypatch.setenv("LEPTON_APPS", str(tmp_path))
     for folder in (FOLDER, FOLDER / "recommender"):
         monkeypatch.syspath_prepend(str(folder))
-    with jax.numpy_rank_promotion("allow"):  # the example is written as users write
+    # The example is written as users write.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield {name: importlib.import_module(name) for name in PARTS}
     for name in PARTS:
         sys.modules.pop(name, None)
@@ -99,6 +100,18 @@ def test_films_without_a_part_are_served_and_the_best_come_first(app):
     scores = np.asarray(without(without.weights, inputs["session"], inputs["year"]))
     assert found["films"].tolist() == np.argsort(-scores, axis=1, kind="stable")[:, :5].tolist()
     assert all(not set(row) & set(session) for row, session in zip(found["films"], inputs["session"], strict=True))
+
+
+def test_films_that_nobody_knows_are_left_out_of_a_session(app):
+    network = app["network"]
+    genres = np.ones((8, 2), np.float32)
+    weights = network.served(network.begin(7, {"genres": genres}, 0, width=4), {"genres": genres}, np.zeros(8)).weights
+    sessions = np.zeros((5, 6), np.int32)
+    sessions[:, -2:] = [3, 5]
+    sessions[1:, :4] = [[9, -1, 8, 0], [2**31 - 1] * 4, [-(2**31)] * 4, [-2] * 4]
+    found = np.asarray(network.scores(weights, jnp.asarray(sessions), jnp.full(5, 2000)))
+    np.testing.assert_array_equal(found[1:], found[:1].repeat(4, 0))
+    assert (found[0] < -1e8).nonzero()[0].tolist() == [0, 3, 5]
 
 
 def test_windows_hold_what_follows_and_nobodys_last_two_films(app):

@@ -6,6 +6,7 @@ import http.server
 import importlib
 import json
 import pathlib
+import socket
 import sys
 import threading
 
@@ -233,6 +234,18 @@ def test_the_page_passes_on_one_route_and_only_under_its_own_name(app, page):
     for host in ("elsewhere.example", f"elsewhere.example:{page.server_port}", "127.0.0.1"):
         assert asked(page, stream, Host=host)[0] == 421
     assert len(page.asked) == count
+
+
+def test_the_page_answers_requests_that_cannot_be_passed_on(app, page):
+    stream, host = app["page"].STREAM.encode(), f"Host: 127.0.0.1:{page.server_port}\r\n".encode()
+    for target in (b"caf\xc3\xa9", b"\xff", b"a\x01b"):
+        with socket.create_connection(("127.0.0.1", page.server_port), 20) as connection:
+            connection.sendall(b"GET " + stream + b"?text_input=" + target + b" HTTP/1.1\r\n" + host + b"\r\n")
+            assert b" 400 " in connection.recv(65536)
+    assert page.asked == []
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        page.upstream = gone.getsockname()
+    assert asked(page, app["page"].STREAM)[0] == 502
 
 
 def test_in_a_browser_a_question_is_answered_word_by_word(browser, page):

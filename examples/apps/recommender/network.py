@@ -77,7 +77,11 @@ def by_age(weights: Weights, years: jax.Array, now: jax.Array) -> jax.Array:
 
 
 def scores(weights: Weights, session: jax.Array, year: jax.Array) -> jax.Array:
-    """The score of every film to come next, `[batch, films + 1]`; a film of the session, or none, has the least."""
+    """The score of every film to come next, `[batch, films + 1]`; a film of the session, or none, has the least.
+
+    A film of the session that is not known, because its number is none of those trained on, is left out of it.
+    """
+    session = jnp.where((session > 0) & (session < weights["films"].shape[0]), session, 0)
     last = states(weights, weights["films"][session], session)[:, -1]
     found = (last @ weights["out"]) @ weights["films"].T + weights["bias"]
     found = found + by_age(weights, weights["years"], year)

@@ -84,10 +84,17 @@ class Handler(BaseHTTPRequestHandler):
         # `closing`: a browser that goes away frees the sequence's slot.
         with contextlib.closing(http.client.HTTPConnection(*self.page.upstream, timeout=60)) as asked:
             last = self.headers.get("Last-Event-ID")
-            asked.request("GET", target, headers={"Last-Event-ID": last} if last else {})
-            answer = asked.getresponse()
-            self._begin(answer.status, {"Content-Type": answer.getheader("Content-Type", "text/plain"), **HEADERS})
-            with contextlib.suppress(ConnectionError):
+            try:
+                asked.request("GET", target, headers={"Last-Event-ID": last} if last else {})
+                answer = asked.getresponse()
+            except (ValueError, http.client.InvalidURL):  # bytes that have no place in a request
+                self.send_error(400)
+                return
+            except (OSError, http.client.HTTPException):
+                self.send_error(502, "The model's server does not answer")
+                return
+            with contextlib.suppress(OSError, http.client.HTTPException):  # either end goes away
+                self._begin(answer.status, {"Content-Type": answer.getheader("Content-Type", "text/plain"), **HEADERS})
                 while part := answer.read1(65536):
                     self.wfile.write(part)
                     self.wfile.flush()
