@@ -23,7 +23,7 @@ BODIES = 16
 
 
 def rates(artifact: str, rows: np.ndarray, counts: Sequence[int], seconds: float) -> dict[str, float]:
-    """Executions per second by number of models, each with code and weights of its own."""
+    """Executions per second by number of models, each with weights of its own. Of equal code there is one."""
     memory = np.zeros(rows.nbytes + 64, np.uint8)
     staged = memory[-memory.ctypes.data % 64 :][: rows.nbytes].view(rows.dtype).reshape(rows.shape)
     bodies = [rows.copy() for _ in range(BODIES)]

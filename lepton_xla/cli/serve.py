@@ -100,8 +100,8 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     "--memory",
     None,
     "Bytes that the models of a repository may take together of each device, such as 4GiB. Each is then loaded when it "
-    "is first asked for, and the one that was used least recently goes for it. Pinned models stay (model.toml). Each "
-    "of --workers has its part.",
+    "is first asked for, and the one that was asked for least of late goes for it. Pinned models stay (model.toml). "
+    "Each of --workers has its part.",
     metavar="BYTES",
     callback=_common.parse_bytes,
     show_default="all models are loaded",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -153,6 +154,11 @@ def deserialize(blob: bytes, devices: Sequence[Device]) -> Loaded:
 def calls_kernels(blob: bytes) -> bool:
     """Whether serialized code calls kernels of this project, which must be registered first."""
     return installation.PREFIX.encode() in blob
+
+
+def kernels_called(blob: bytes) -> list[str]:
+    """The names of this project's kernels in serialized code, as often as they are there."""
+    return sorted(name.decode() for name in re.findall(re.escape(installation.PREFIX.encode()) + rb"\w*", blob))
 
 
 def _register_lapack() -> None:

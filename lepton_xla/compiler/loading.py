@@ -33,6 +33,7 @@ from lepton_xla.compiler.portable import compile_portable
 from lepton_xla.compiler.reading import check_placed, read_all, read_parts, shared
 from lepton_xla.compiler.runtime import Runtime, run_expand
 from lepton_xla.compiler.servable import Servable
+from lepton_xla.compiler.sharing import Shared, shared_code
 from lepton_xla.compiler.stepping import Stepper, decode_inputs, donation, prefill_inputs
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
 from lepton_xla.conversion.steps import Conversion
@@ -183,12 +184,14 @@ def _load(
     if _xla.is_quick(devices.first) and (missing or any(map(_xla.needs_jax, blobs.values()))):
         devices = _devices(manifest, store.location, device)
     tokenizer, conversion = _tokenizer(manifest, files), _conversion(manifest, files)
+    compiled = f"{manifest.fit} {target.digest}" if manifest.fit else ""
     with executor(max(len(blobs), 1), "lepton-code") as pool:
         # Largest first, and beside the weights, which are read and verified meanwhile.
         ordered = sorted(blobs, key=lambda name: -len(blobs[name]))
-        read = pool.map(lambda name: Code.read(blobs[name], devices.all, name), ordered)
+        read = pool.map(lambda name: shared_code(blobs[name], devices.all, name, compiled), ordered)
         arrays = _to_devices(manifest, files, devices, read_back=read_back)
-        codes = dict(zip(ordered, read, strict=True))
+        found_code: dict[str, Shared] = dict(zip(ordered, read, strict=True))
+    codes = {name: Code(each.loaded, blobs[name]) for name, each in found_code.items()}
     if missing:
         count = len([name for name in missing if name != EXPAND and name not in steps]) or "no"
         _LOG.warning(
@@ -212,7 +215,7 @@ def _load(
     if manifest.generation is not None and DECODE in missing:
         program, shapes = _program_for(manifest.generation.decode, {}), decode_inputs(manifest.generation)
         codes[DECODE] = _compile(program, portable, arrays, shapes, donation(arrays, 2, shapes, devices))
-    runtime = Runtime(*manifest.signature(), arrays, devices)
+    runtime = Runtime(*manifest.signature(), arrays, devices, list(found_code.values()))
     for sizes, key in wanted:
         runtime.add(sizes, codes[key].loaded)
     if write_back and missing and not devices.is_usual:

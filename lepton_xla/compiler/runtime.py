@@ -9,6 +9,7 @@ import numpy as np
 
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.devices import Devices, Spec
+from lepton_xla.compiler.sharing import Shared
 from lepton_xla.deferred import jax
 from lepton_xla.errors import InputError
 from lepton_xla.kernels.keeping import Kept
@@ -30,6 +31,7 @@ class Runtime:
         outputs: its outputs, in order.
         weights: device arrays, in argument order.
         devices: the devices of the weights and the code.
+        code: what others may run too of the code, that of steps and of unpacking included.
 
     Attributes:
         devices: the devices.
@@ -42,8 +44,12 @@ class Runtime:
         outputs: Mapping[str, TensorSpec],
         weights: Sequence[jax.Array],
         devices: Devices,
+        code: Sequence[Shared] = (),
     ) -> None:
         self.weights = list(weights)
+        self._code = code
+        for each in code:
+            each.users.add(self)
         self._kept = Kept(self.weights)
         self._inputs = dict(inputs)
         self._symbols = tuple(dict.fromkeys(name for spec in inputs.values() for name in spec.symbols))
@@ -75,9 +81,14 @@ class Runtime:
         """Number of executables."""
         return len(self._executables)
 
+    @property
+    def part(self) -> float:
+        """The part of its code's bytes that this answers for: of code that four run, a quarter each."""
+        return sum(1 / max(len(each.users), 1) for each in self._code) / len(self._code) if self._code else 1.0
+
     def sharing(self, weights: Sequence[jax.Array]) -> Runtime:
         """A runtime with the same executables and other weights of equal shapes and dtypes."""
-        other = Runtime(self._inputs, self._outputs, weights, self.devices)
+        other = Runtime(self._inputs, self._outputs, weights, self.devices, self._code)
         for sizes, executable in self._executables:
             other.add(sizes, executable)
         return other

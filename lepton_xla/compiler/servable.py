@@ -147,22 +147,25 @@ class Servable:
     def nbytes(self) -> int:
         """Bytes of weights, compiled code and cache on one device; of the code an estimate, since XLA does not tell.
 
-        Copies of weights that kernels pack when they first need them are counted from then on.
+        Copies of weights that kernels pack when they first need them are counted from then on. Code that several loaded
+        models run is in memory once, and each counts an equal part of it.
 
         >>> program = lx.trace(lambda w, x: x @ w, jnp.eye(4), {"x": lx.TensorSpec(("batch", 4), "float32")})
         >>> servable = lx.compile(program, {"batch": (1,)}).servable()
         >>> servable.nbytes > servable.weights_bytes
         True
         """
-        return self._nbytes + self.runtime.packed_bytes
+        weights, code = self._nbytes
+        return weights + int(code * self.runtime.part) + self.runtime.packed_bytes
 
     @functools.cached_property
-    def _nbytes(self) -> int:
-        # Kept, because the memory of a server is summed up again and again; new weights take what the old ones took.
+    def _nbytes(self) -> tuple[int, int]:
+        # Of weights and cache, and of code. Kept, because the memory of a server is summed up again and again; new
+        # weights take what the old ones took.
         here = [each.files for each in self.manifest.executables.values()]
         code = max((sum(self.manifest.files[file].size for file in files.values()) for files in here), default=0)
         cache = self.stepper.cache_bytes if self.stepper is not None else 0
-        return self.weights_bytes + code + _EXECUTABLE_BYTES * self.runtime.count + cache
+        return self.weights_bytes + cache, code + _EXECUTABLE_BYTES * self.runtime.count
 
     def run(
         self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]

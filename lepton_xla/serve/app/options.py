@@ -57,7 +57,7 @@ class Options:
             the repository are seen.
         load: names of models to load at the start nevertheless.
         memory: bytes that the models of a repository may take together: each is loaded when it is asked for, and the
-            least recently used one is evicted for it. None loads all.
+            one that was asked for least of late is evicted for it. None loads all.
         load_wait_s: with `memory`, how long a request waits for its model.
         repository_poll_s: how often to look for changes of the repository.
         audit_log: file that says who loaded and unloaded which version, and what could not be; None for none.

@@ -106,6 +106,11 @@ class ModelHandle:
         return max(self._opened_s, self.metrics.last_s)
 
     @property
+    def requests(self) -> int:
+        """How many it has answered, in handles before this one too."""
+        return self.metrics.requests
+
+    @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
         return self.scheduler.busy

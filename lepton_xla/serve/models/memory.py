@@ -27,6 +27,7 @@ from lepton_xla.errors import LeptonError, RepositoryError
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.manager import Entry, Manager
 from lepton_xla.serve.models.placement import Evict, Held, Move, Put, Wait, next_step
+from lepton_xla.serve.models.popularity import Popularity
 from lepton_xla.serve.models.trimming import Trimmer
 
 _log = logging.getLogger("lepton_xla.serve")
@@ -48,6 +49,8 @@ class Version(Protocol):
     def devices(self) -> tuple[int, ...]: ...
     @property
     def used_s(self) -> float: ...
+    @property
+    def requests(self) -> int: ...
     @property
     def busy(self) -> bool: ...
     @property
@@ -103,6 +106,8 @@ class Memory:
         self._leaving: dict[int, tuple[int, tuple[int, ...]]] = {}  # bytes, and the devices that have them
         self._left = asyncio.Event()  # something is gone
         self._turn = asyncio.Lock()  # models are loaded one at a time, so room is made for one
+        self._popularity = Popularity()
+        self._counted: weakref.WeakKeyDictionary[Version, int] = weakref.WeakKeyDictionary()
         self._trimmer = Trimmer()
         self._tidying: asyncio.Task[None] | None = None
         self.loads = self.evictions = self.moves = 0
@@ -200,6 +205,7 @@ class Memory:
 
     def _held(self, kept: Container[str] = (), stuck: Container[str] = ()) -> list[Held]:
         """What is loaded. What is kept can neither go nor move, what is stuck cannot move."""
+        self._count_requests()
         found: list[Held] = []
         by_name: dict[str, list[Version]] = {}
         for each in self._models:
@@ -210,9 +216,24 @@ class Memory:
             found.append(Held(
                 name, sum(each.nbytes for each in handles), devices, max(each.used_s for each in handles),
                 idle=not stays and not any(each.pinned or each.busy for each in handles),
-                moves=name not in kept and name not in stuck,
+                moves=name not in kept and name not in stuck, popularity=self._popularity.of(name),
             ))  # fmt: skip
         return found
+
+    def _count_requests(self) -> None:
+        more: collections.Counter[str] = collections.Counter()
+        for each in self._models:
+            done, before = each.requests, self._counted.get(each)
+            if before is None or not before - 1 <= done <= before:  # fewer where a worker has begun again
+                self._counted[each] = done
+                more[each.name] += 0 if before is None else max(done - before, 0)
+        self._popularity.note(more, len(self._counted))
+
+    def _count_load(self, name: str, handles: Sequence[Version]) -> None:
+        """A load counts as a request: as that which it was for, so that one does not."""
+        self._popularity.note({name: 1}, len(self._counted))
+        for each in handles:
+            self._counted[each] = each.requests + 1
 
     def _on_their_way(self) -> list[int]:
         """By device, bytes on their way out."""
@@ -260,6 +281,7 @@ class Memory:
         """Notes what a loaded model takes, and makes others go if that is more than there was room for."""
         handles = self._handles(name)
         need = sum(handle.nbytes for handle in handles)
+        self._count_load(name, handles)
         if handles:  # or somebody has unloaded it meanwhile
             self._sizes[name] = need, len(handles[0].devices)
         self.loads += 1

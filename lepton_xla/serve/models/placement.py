@@ -18,6 +18,7 @@ class Held:
         used_s: when it was last used.
         idle: whether it may be evicted: neither pinned nor busy.
         moves: whether it may go to another device.
+        popularity: how often it was asked for of late, in any unit.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Held:
     used_s: float
     idle: bool
     moves: bool = True
+    popularity: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ def next_step(
 ) -> Step:
     """What to do next so that a model finds room: put it where most is free, else move one, else evict.
 
-    The smallest model that makes room by moving is moved, since moving takes a load. Evicted are those that were used
-    least recently, on the device where that is longest ago.
+    The smallest model that makes room by moving is moved, since moving takes a load. Evicted are the least
+    popular ones, of equally popular ones the one used least recently, on the device where these are least popular.
 
     Args:
         need: bytes that the model takes of each of its devices.
@@ -121,18 +123,22 @@ def _moves(
 
 
 def _evicted(need: int, places: Sequence[tuple[int, ...]], held: Sequence[Held], soon: Sequence[int]) -> Step:
-    """Whom to evict first, on the devices where room costs the least recently used ones."""
-    found: tuple[float, str] | None = None
+    """Whom to evict first, on the devices where room costs the least popular ones."""
+    found: tuple[tuple[float, float], str] | None = None
     for place in places:
         free = {number: soon[number] for number in place}
-        first, last = "", -math.inf
-        for each in sorted((each for each in held if each.idle), key=lambda each: each.used_s):
+        first, last = "", (-math.inf, -math.inf)
+        for each in sorted((each for each in held if each.idle), key=_worth):
             if min(free.values()) >= need:
                 break
             if any(free.get(number, need) < need for number in each.devices):
-                first, last = first or each.name, each.used_s
+                first, last = first or each.name, _worth(each)
                 for number in free.keys() & set(each.devices):
                     free[number] += each.nbytes
         if min(free.values()) >= need and (found is None or last < found[0]):
             found = last, first
     return Wait(leaves=False) if found is None else Evict(found[1])
+
+
+def _worth(held: Held) -> tuple[float, float]:
+    return held.popularity, held.used_s

@@ -42,6 +42,11 @@ class Kept:
         return max((self._opened_s, *(each.get("last_s", 0.0) for each in self._counts())))
 
     @property
+    def requests(self) -> int:
+        """How many were answered, as far as workers have reported."""
+        return sum(int(sum(each.get("request_s", (0,))[:-1])) for each in self._counts())
+
+    @property
     def busy(self) -> bool:
         """Whether a request waited for it when a worker last reported."""
         return any(each.get("now", {}).get("queue_requests", 0) for each in self._counts())

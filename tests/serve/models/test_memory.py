@@ -32,6 +32,7 @@ class Handle:
         self.name = name
         self.nbytes, self.used_s, self.devices = nbytes, used_s, (device,)
         self.pinned = self.busy = False
+        self.requests = 0
 
 
 class Fakes:
@@ -56,6 +57,7 @@ class Fakes:
     def use(self, name):
         self.clock += 1.0
         self.handles[name].used_s = self.clock
+        self.handles[name].requests += 1
 
     async def load(self, name, overrides=None, who=""):
         device = (overrides or {}).get("device", 0)
@@ -88,10 +90,9 @@ def bring(subject, *names):
 def test_the_least_recently_used_model_goes():
     async def main():
         fakes, subject = memory(dict.fromkeys("abcd", 10), 30)
-        for name in "abc":
-            await subject.bring(name, lambda: None)
-        fakes.use("a")
-        await subject.bring("d", lambda: None)  # for b
+        for name in "abca":
+            await subject.bring(name, lambda name=name: fakes.use(name))
+        await subject.bring("d", lambda: fakes.use("d"))  # for b
         await subject.bring("b", lambda: None)  # for c
         assert fakes.log == ["+a", "+b", "+c", "+d", "-b", "-c", "+b"]
         return fakes, subject
@@ -99,6 +100,53 @@ def test_the_least_recently_used_model_goes():
     _, subject = asyncio.run(main())
     assert subject.nbytes <= 30
     assert (subject.loads, subject.evictions) == (5, 2)
+
+
+def test_a_model_that_is_asked_for_often_stays_until_it_has_gone_cold():
+    async def main():
+        fakes, subject = memory(dict.fromkeys("abcd", 10), 20)
+        subject._sizes.update({name: (size, 1) for name, size in fakes.sizes.items()})
+
+        async def ask(names):
+            for name in names:
+                await subject.bring(name, lambda: None)
+                fakes.use(name)
+
+        await ask("aaaaaaaa")
+        await ask("bcdbcdbcd")  # the one used least recently would be a
+        assert "a" in fakes.handles
+        assert fakes.log.count("+a") == 1
+        await ask("bcd" * 30)
+        assert "a" not in fakes.handles
+
+    asyncio.run(main())
+
+
+def test_loads_of_unequal_traffic_are_nearer_to_the_best_that_knows_the_shares_than_those_of_lru():
+    models, room = 40, 10
+    shares = 1.0 / np.arange(1, models + 1) ** 1.1
+    shares /= shares.sum()
+    drawn = np.random.default_rng(0).choice(models, 600, p=shares)
+
+    def loads(goes):
+        held, count = {}, 0
+        for at, model in enumerate(drawn):
+            count += model not in held
+            if model not in held and len(held) == room:
+                del held[min(held, key=lambda each: goes(each, held))]
+            held[model] = at
+        return count
+
+    async def main():
+        fakes, subject = memory({str(model): 1 for model in range(models)}, room)
+        subject._sizes.update(dict.fromkeys(fakes.sizes, (1, 1)))
+        for model in drawn:
+            await subject.bring(str(model), lambda: None)
+            fakes.use(str(model))
+        return subject.loads
+
+    recent, known = loads(lambda each, held: held[each]), loads(lambda each, _: shares[each])
+    assert known < asyncio.run(main()) < (recent + known) / 2
 
 
 def test_room_is_made_before_a_load_once_the_size_is_known():
@@ -202,7 +250,7 @@ def test_a_model_goes_where_there_is_most_room_and_each_device_has_the_budget():
     async def main():
         fakes, subject = of_two(dict.fromkeys("abcde", 10), 20)
         for name in "abcd":
-            await subject.bring(name, lambda: None)
+            await subject.bring(name, lambda name=name: fakes.use(name))
         assert fakes.log == ["+a", "+b@1", "+c", "+d@1"]
         await subject.bring("e", lambda: None)  # for a, the least recently used
         assert fakes.log[4:] == ["-a", "+e"]

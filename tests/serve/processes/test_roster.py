@@ -42,9 +42,12 @@ def test_use_is_what_any_worker_has_reported_last():
     assert before <= kept.used_s <= time.time()
     assert not kept.busy
     later = time.time() + 100
-    workers[0].counts = {"m/1": {"last_s": later, "now": {"queue_requests": 0}}, "m/2": {"last_s": later + 9}}
-    workers[1].counts = {"m/1": {"last_s": later - 1, "now": {"queue_requests": 3.0}}}
+    assert kept.requests == 0
+    first = {"last_s": later, "now": {"queue_requests": 0}, "request_s": [2, 3, 7.5]}
+    workers[0].counts = {"m/1": first, "m/2": {"last_s": later + 9, "request_s": [9, 9, 9.0]}}
+    workers[1].counts = {"m/1": {"last_s": later - 1, "now": {"queue_requests": 3.0}, "request_s": [1, 0, 0.5]}}
     assert kept.used_s == later
+    assert kept.requests == 6
     assert kept.busy
     workers[1].forget()
     assert not kept.busy
