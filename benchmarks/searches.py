@@ -1,12 +1,11 @@
 """Whether Optuna's search of training settings is better than random ones: 30 trained candidates of digits each.
 
-    python benchmarks/searches.py [--network dense] [--trials 30] [--random 5] [--quick] [--json FILE]
+    python benchmarks/searches.py [--trials 30] [--random 5] [--quick] [--json FILE]
 
 Each search trains candidates for the fewest bytes within the bound on the drop; it may be killed, and goes on with what
 is in build/benchmarks/searches/ (`--fresh` begins again). Prints the bytes of the best of each, and whether Optuna's is
 at least as good as the median of the random ones, and writes both to docs/benchmarks/tuning.md. Neither depends on how
-busy the machine is. Most of the time goes into compiling, of which convolutions take ten times as much as products: the
-network is a dense one by default; `--network cnn` is that of examples/digits.py.
+busy the machine is. A trial takes 10 to 15 seconds of one core, most of which XLA compiles.
 """
 
 from __future__ import annotations
@@ -24,47 +23,21 @@ import tempfile
 from typing import Any
 
 import harness
-import jax
-import jax.numpy as jnp
 import models
-from models.base import judge, train
 from tuning_page import page
 
-import lepton_xla as lx
 from lepton_xla.tuning import Budget, Constraints, measuring, studies, tune
 
 FOLDER = harness.ROOT / "build" / "benchmarks" / "searches"
 STEPS = 100
 
 
-def dense(quick: bool) -> lx.ModelSpec:
-    """A network of 64-128-64-10, trained."""
-    images, labels, test_images, test_labels = importlib.import_module("digits").data()
-    shapes = [(64, 128), (128, 64), (64, 10)]
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    start = {
-        f"layer{index}": {"kernel": jax.nn.initializers.lecun_normal()(key, shape), "bias": jnp.zeros(shape[1])}
-        for index, (key, shape) in enumerate(zip(keys, shapes, strict=True))
-    }
-
-    def apply(weights: Any, image: jax.Array) -> jax.Array:
-        x = image.reshape(image.shape[0], -1)
-        for index, layer in enumerate(weights.values()):
-            x = (jax.nn.relu(x) if index else x) @ layer["kernel"] + layer["bias"]
-        return x
-
-    return lx.ModelSpec(
-        fn=apply,
-        weights=train(apply, start, images, labels, epochs=1 if quick else 30),
-        inputs={"image": lx.TensorSpec(("batch", 8, 8, 1), "float32")},
-        calibration=[{"image": images[:256]}],
-        evaluate=judge(test_images, test_labels),
-    )
-
-
-def search(spec: lx.ModelSpec, sampler: studies.Sampler, seed: int, trials: int, folder: pathlib.Path) -> int:
+def search(model: models.BenchModel, sampler: studies.Sampler, seed: int, trials: int, folder: pathlib.Path) -> int:
     """The bytes of the best of one search."""
+    sys.path.insert(0, str(harness.ROOT / "examples"))
     train_digits = importlib.import_module("train_digits")
+
+    spec = model.spec
     assert spec.evaluate is not None
     # The search itself takes the sampler of its study from nowhere else.
     measuring.Study = functools.partial(studies.Study, sampler=sampler)
@@ -92,7 +65,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trials", type=int, default=30, help="of each search; default: 30")
     parser.add_argument("--random", type=int, default=5, help="random searches; default: 5")
-    parser.add_argument("--network", choices=("dense", "cnn"), default="dense", help="what is trained; default: dense")
     parser.add_argument("--fresh", action="store_true", help="begin again")
     parser.add_argument("--quick", action="store_true", help="two trials of one random search: a smoke test")
     harness.add_pages(parser)
@@ -102,15 +74,13 @@ def main() -> int:
         shutil.rmtree(FOLDER, ignore_errors=True)
     trials, count = (2, 1) if options.quick else (options.trials, options.random)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = (pathlib.Path(scratch) if options.quick else FOLDER) / options.network
+        folder = pathlib.Path(scratch) if options.quick else FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        sys.path.insert(0, str(harness.ROOT / "examples"))
-        spec = models.load("digits").spec if options.network == "cnn" else dense(options.quick)
-        own = search(spec, "tpe", 0, trials, folder)
-        random = [search(spec, "random", seed, trials, folder) for seed in range(count)]
+        model = models.load("digits")
+        own = search(model, "tpe", 0, trials, folder)
+        random = [search(model, "random", seed, trials, folder) for seed in range(count)]
     median = statistics.median(random)
-    result: dict[str, Any] = {"optuna": own, "random": random, "median": median, "trials": trials}
-    result |= {"network": options.network, "steps": STEPS}
+    result: dict[str, Any] = {"optuna": own, "random": random, "median": median, "trials": trials, "steps": STEPS}
     print(
         f"Optuna {own:,} bytes, the median of {count} random searches {median:,.0f}: {median / own:.2f} times smaller"
     )

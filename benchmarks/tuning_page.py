@@ -131,11 +131,8 @@ def page(results: Mapping[str, Any]) -> str:
         parts += [harness.provenance(run) for run in _runs(found)]
     if searches := results.get("searches"):
         each = ", ".join(f"{size:,}" for size in searches["random"])
-        network = (
-            "a dense network of 64-128-64-10" if searches["network"] == "dense" else "the CNN of examples/digits.py"
-        )
         said = (
-            f"digits, {network}, at most 0.5 points lost, {searches['trials']} candidates a search, trained in at most "
+            f"digits, at most 0.5 points lost, {searches['trials']} candidates a search, trained in at most "
             f"{searches['steps']} steps each; a search can be killed and goes on (`benchmarks/searches.py`). "
             f"Bytes of the best: Optuna's {searches['optuna']:,}; of random "
             f"settings, by seed, {each}."
