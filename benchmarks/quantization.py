@@ -35,6 +35,7 @@ import lepton_xla as lx
 from lepton_xla.cli import tables
 from lepton_xla.optimization.pipeline import grid
 from lepton_xla.recipe import presets
+from lepton_xla.serve.runtime import keep_memory, run_on_calling_thread
 from lepton_xla.trees import tree_bytes
 from lepton_xla.tuning.trials import as_loaded
 
@@ -400,6 +401,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds = 3, 1.0
+    run_on_calling_thread()
+    settings = "code runs on the calling thread"
+    settings += ", and the allocator keeps what is freed, as in `leptonx serve`" if keep_memory() else ""
     wanted = [name for name in options.presets.split(",") if name]
     if options.peers:
         lacking = [name for name, there in peers.available().items() if not there]
@@ -416,10 +420,9 @@ def main() -> int:
             console.print(f"{name}: skipped: {error}")
             continue
         measured[name] = measure(model, wanted, options, rows)
-        measured[name]["run"] = harness.machine(peers.PACKAGES if options.peers else ()) | {
-            "command": harness.command(),
-            "load": load,
-        }
+        run = harness.machine(peers.PACKAGES if options.peers else ())
+        run |= {"command": harness.command(), "load": load, "versions": f"{run['versions']}; {settings}"}
+        measured[name]["run"] = run
         show(name, measured[name])
         if options.pages and not options.quick:
             known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}

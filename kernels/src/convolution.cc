@@ -106,21 +106,32 @@ struct Rows {
 };
 
 // Finishes the sums from the AT-th on. Not a loop, since GCC keeps all sums in memory if it does not unroll one.
-template <class Op, int MR, int NR, int AT, bool kShort>
+template <class Op, int MR, int NR, int AT>
 __attribute__((always_inline)) inline void write(const Convolution& p, const Finish& finish, const Rows<Op>& rows,
                                                  const typename Op::Sum (&sums)[MR][NR], int64_t pixel,
                                                  int64_t column) {
   constexpr int i = AT % MR, j = AT / MR;
-  const int64_t at = column + j * kLanes, to = (pixel + i) * p.window.o + at;
+  const int64_t at = column + j * kLanes, left = p.window.o - at;
   const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
-  const Floats value = Op::value(sums[i][j], Op::factor(p, rows.example[kShort ? 0 : i], at), bias);
-  if constexpr (kShort) {
-    finish.short_way(value, to);
-  } else {
-    const int64_t left = p.window.o - at;
-    finish(value, to, static_cast<int>(left < kLanes ? left : kLanes));
+  const Floats value = Op::value(sums[i][j], Op::factor(p, rows.example[i], at), bias);
+  finish(value, (pixel + i) * p.window.o + at, static_cast<int>(left < kLanes ? left : kLanes));
+  if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1>(p, finish, rows, sums, pixel, column);
+}
+
+// The same, briefly, of one example and whole vectors. `factor` and `bias` are those of the AT-th sum's column:
+// read again for each, since what is written might be there for all that a compiler knows, they would take as long.
+template <class Op, int MR, int NR, int AT>
+__attribute__((always_inline)) inline void write_brief(const Convolution& p, Brief brief, int64_t example,
+                                                       const typename Op::Sum (&sums)[MR][NR], int64_t to,
+                                                       int64_t column, Floats factor, Floats bias) {
+  constexpr int i = AT % MR, j = AT / MR;
+  if constexpr (i == 0) {
+    const int64_t at = column + j * kLanes;
+    factor = Op::factor(p, example, at);
+    bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
   }
-  if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1, kShort>(p, finish, rows, sums, pixel, column);
+  brief(Op::value(sums[i][j], factor, bias), to + i * p.window.o + j * kLanes);
+  if constexpr (AT + 1 < MR * NR) write_brief<Op, MR, NR, AT + 1>(p, brief, example, sums, to, column, factor, bias);
 }
 
 // Writes the sums from the AT-th on to memory, from where a loop reads them: a SiLU is too long to be there for each.
@@ -131,14 +142,14 @@ __attribute__((always_inline)) inline void hold(const Sum (&sums)[MR][NR], Sum (
 }
 
 template <class Op, int MR, int NR>
-void write_silu(const Convolution& p, const Finish& finish, int64_t example, const typename Op::Sum (&held)[MR * NR],
+void write_silu(const Convolution& p, const Brief brief, int64_t example, const typename Op::Sum (&held)[MR * NR],
                 int64_t pixel, int64_t column) {
   for (int j = 0; j < NR; ++j) {
     const int64_t at = column + j * kLanes;
     const Floats factor = Op::factor(p, example, at);
-    const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
+    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
     for (int i = 0; i < MR; ++i)
-      finish.silu_way(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
+      brief.silu_of(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
   }
 }
 
@@ -175,11 +186,14 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
   }
   const Finish finish(p);
   const bool whole = column + NR * kLanes <= window.o, together = rows.example[0] == rows.example[MR - 1];
-  if (finish.is_short() && whole && together) return write<Op, MR, NR, 0, true>(p, finish, rows, sums, pixel, column);
-  if (!finish.is_silu() || !whole || !together) return write<Op, MR, NR, 0, false>(p, finish, rows, sums, pixel, column);
+  if (finish.is_brief() && whole && together) {
+    const int64_t to = pixel * window.o + column;
+    return write_brief<Op, MR, NR, 0>(p, finish.brief(), rows.example[0], sums, to, column, Floats{}, Floats{});
+  }
+  if (!finish.is_silu() || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
   typename Op::Sum held[MR * NR];
   hold<MR, NR, 0>(sums, held);
-  write_silu<Op, MR, NR>(p, finish, rows.example[0], held, pixel, column);
+  write_silu<Op, MR, NR>(p, finish.brief(), rows.example[0], held, pixel, column);
 }
 
 template <class Op, int NR>

@@ -150,6 +150,25 @@ inline void store_codes(uint8_t* to, Ints codes, int count) {
 #endif
 }
 
+// Writes codes of whole vectors between two bounds. Passed by value, so that it is in registers: what is written might be
+// there, for all that a compiler knows.
+struct Brief {
+  uint8_t* codes;
+  Floats low, high, scale, inverse;
+
+  // Of numbers alone.
+  __attribute__((always_inline)) void operator()(Floats v, int64_t at) const {
+#if defined(__AVX512F__)
+    store_quotients(codes + at, v, low, high, scale, inverse);
+#else
+    store_codes(codes + at, quotients(v, low, high, scale, inverse), kLanes);
+#endif
+  }
+  void silu_of(Floats v, int64_t at) const {
+    store_codes(codes + at, quotients(silu(v), low, high, scale, inverse), kLanes);
+  }
+};
+
 // Writes channels. Holds copies, since what is written might be what a pointer to them points at, for all that a compiler
 // knows.
 struct Finish {
@@ -157,35 +176,24 @@ struct Finish {
   float* y;
   uint8_t* codes;
   bool numbers;
-  Floats low, high, scale, inverse;  // of codes alone
 
-  explicit Finish(const Convolution& p) : e(p.epilogue), y(p.y), codes(p.codes), numbers(p.numbers) {
-    const float most = 127.0f * e.code_scale.scale;
-    const bool clamps = e.activation == ConvolutionActivation::kClamp;
-    low = Floats{} + within(clamps ? e.low : -most, most);
-    high = Floats{} + within(clamps ? e.high : most, most);
-    scale = Floats{} + e.code_scale.scale;
-    inverse = Floats{} + e.code_scale.inverse;
-  }
-  static float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }
+  explicit Finish(const Convolution& p) : e(p.epilogue), y(p.y), codes(p.codes), numbers(p.numbers) {}
 
-  // Whether `short_way` may be taken for whole vectors: no more than bounds, and then codes.
-  bool is_short() const { return numbers && gives_codes() && e.activation != ConvolutionActivation::kSilu; }
-  // Whether `silu_way` may be.
+  // Whether `brief` may be called for whole vectors: no more than bounds, and then codes.
+  bool is_brief() const { return numbers && gives_codes() && e.activation != ConvolutionActivation::kSilu; }
+  // Whether its `silu_of` may be.
   bool is_silu() const { return gives_codes() && e.activation == ConvolutionActivation::kSilu; }
   bool gives_codes() const {
     return kHasQuotients && codes != nullptr && e.residual == nullptr && e.code_scale.inverse != 0.0f;
   }
-  void silu_way(Floats v, int64_t at) const {
-    store_codes(codes + at, quotients(silu(v), low, high, scale, inverse), kLanes);
+  __attribute__((always_inline)) Brief brief() const {
+    const float most = 127.0f * e.code_scale.scale;
+    const bool clamps = e.activation == ConvolutionActivation::kClamp;
+    return {codes, Floats{} + within(clamps ? e.low : -most, most), Floats{} + within(clamps ? e.high : most, most),
+            Floats{} + e.code_scale.scale, Floats{} + e.code_scale.inverse};
   }
-  __attribute__((always_inline)) void short_way(Floats v, int64_t at) const {
-#if defined(__AVX512F__)
-    store_quotients(codes + at, v, low, high, scale, inverse);
-#else
-    store_codes(codes + at, quotients(v, low, high, scale, inverse), kLanes);
-#endif
-  }
+  static float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }
+
   // `v` has its bias already; `count` channels from a position of the result on.
   void operator()(Floats v, int64_t at, int count) const {
     const bool whole = count >= kLanes;

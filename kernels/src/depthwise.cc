@@ -128,7 +128,8 @@ template <int P, int V, bool kWhole>
 inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)[P][V], int64_t pixel, float row_scale,
                   int64_t c) {
   const int64_t apart = p.window.c;
-  const bool is_short = kWhole && finish.is_short();
+  const bool is_brief = kWhole && finish.is_brief();
+  const Brief brief = finish.brief();
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const int64_t at = c + v * kLanes;
@@ -138,8 +139,8 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
 #pragma GCC unroll 4
     for (int i = 0; i < P; ++i) {
       const Floats value = as_floats(sums[i][v]) * factor + bias;
-      if (is_short)
-        finish.short_way(value, (pixel + i) * apart + at);
+      if (is_brief)
+        brief(value, (pixel + i) * apart + at);
       else
         finish(value, (pixel + i) * apart + at, count);
     }
