@@ -46,7 +46,7 @@ def _section(context: click.Context) -> str:
     parts.append(_help(command.help or "") + "\n")
     rows = [_row(parameter, context) for parameter in command.params if isinstance(parameter, click.Option)]
     if rows:
-        parts.append(table(["option", ""], rows) + "\n")
+        parts.append(table(["option", "meaning"], rows) + "\n")
     return "".join(parts)
 
 

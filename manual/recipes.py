@@ -36,7 +36,7 @@ def page() -> str:
             for field in msgspec.structs.fields(kind)
         ]
         parts.append(f"## {title.replace('[', chr(92) + '[')}\n\n")
-        parts.append(table(["key", ""], rows) + "\n")
+        parts.append(table(["key", "meaning"], rows) + "\n")
     parts.append("## Presets\n\nEach is a file that you can copy and change: `leptonx recipes NAME` prints it.\n\n")
     for name in presets():
         parts.append(f"### {name}\n\n```toml\n{preset_text(name).rstrip()}\n```\n\n")

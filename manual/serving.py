@@ -31,7 +31,7 @@ def routes_page() -> str:
         "## Routes\n\nThe scope is what a [token](../guides/secure.md) has to be good for, where the server asks for "
         "tokens. A part in brackets may be left out.\n\n"
         + table(
-            ["method", "path", "", "scope"],
+            ["method", "path", "meaning", "scope"],
             [
                 (route.method, code(route.path), plain(route.summary), _SCOPES.get(route.scope, route.scope))
                 for route in served
@@ -62,7 +62,7 @@ def limits_page() -> str:
         "`leptonx serve`, an environment variable, and a field of "
         "[`Limits`](python/lepton_xla.serve.md#lepton_xla.serve.Limits). The options `--max-queue-rows`, "
         "`--max-queue-bytes` and `--memory` of [`leptonx serve`](commands.md#leptonx-serve) bound what waits and what "
-        "is loaded.\n\n" + table(["option", "environment variable", "default", ""], rows)
+        "is loaded.\n\n" + table(["option", "environment variable", "default", "meaning"], rows)
     )
 
 
@@ -75,7 +75,7 @@ def metrics_page() -> str:
         "clients send, so their number is bounded. Metrics of what a model does not do, such as generate, are absent "
         "until it does. With `--workers` they are sums over all processes.\n\n"
         + table(
-            ["metric", "kind", "labels", ""],
+            ["metric", "kind", "labels", "meaning"],
             [
                 (code(family.name), family.kind, ", ".join(map(code, family.labels)), plain(family.text))
                 for family in families
@@ -84,7 +84,7 @@ def metrics_page() -> str:
         )
         + "\n## Triton's names\n\nThe same figures under the names that dashboards for Triton look for.\n\n"
         + table(
-            ["metric", "kind", ""],
+            ["metric", "kind", "meaning"],
             [(code(each.name), each.kind, plain(each.text)) for each in families if each.name.startswith("nv_")],
         )
         + "\nMetrics of the process itself are those of `prometheus_client`, such as `process_resident_memory_bytes`.\n"

@@ -2,8 +2,9 @@
 (() => {
   document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
 
-  // What scrolls sideways can be reached with a keyboard.
+  // What scrolls sideways can be reached with a keyboard, and what is no navigation of the site is not called one.
   function reach() {
+    for (const nav of document.querySelectorAll(".md-code__nav, .md-nav .md-nav")) nav.setAttribute("role", "group");
     for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .md-typeset pre > code")) {
       if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
       else box.removeAttribute("tabindex");
