@@ -2,9 +2,9 @@
 (() => {
   document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
 
-  // What scrolls sideways can be reached with a keyboard, and what is no navigation of the site is not called one.
+  // What scrolls sideways can be reached with a keyboard, and the buttons of each block of code have a name.
   function reach() {
-    for (const nav of document.querySelectorAll(".md-code__nav, .md-nav .md-nav")) nav.setAttribute("role", "group");
+    document.querySelectorAll(".md-code__nav").forEach((nav, n) => nav.setAttribute("aria-label", `Code ${n + 1}`));
     for (const box of document.querySelectorAll(".md-typeset__scrollwrap, .md-typeset pre > code")) {
       if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
       else box.removeAttribute("tabindex");
