@@ -58,7 +58,7 @@ def stored_weights(
     until = pace.share_of_rest(STORES)
     for number, name in enumerate(names):
         if number > 1 and not pace.fits("format", until):
-            pace.skip(f"choices, which no weight gets: {', '.join(names[number:])}")
+            pace.skip(f"choices, which no weight gets: {', '.join(map(repr, names[number:]))}")
             break
         if progress is not None:
             progress(f"store weights as {name}", number, len(names))

@@ -235,7 +235,7 @@ def test_formats_that_there_is_no_time_for_are_told():
         store(0.1)
         == (  # 15 % are a second
             ["float", "int8 x int8"],
-            [f"choices, which no weight gets: {', '.join(choice.name for choice in CHOICES[2:4])}"],
+            [f"choices, which no weight gets: {', '.join(repr(choice.name) for choice in CHOICES[2:4])}"],
         )
     )
     assert store(10) == ([choice.name for choice in CHOICES[:4]], [])
