@@ -85,15 +85,20 @@ struct OfCodes {
   static Floats value(const Sum& sum, Floats factor, Floats bias) { return as_floats(sum) * factor + bias; }
 };
 
-// The windows of some pixels in x.
+// The windows of some pixels in x, which are `kRows` further each time.
 template <class Op>
 struct Rows {
   const uint8_t* x[kRows];
   int64_t example[kRows];
+  int64_t column, row, image;
 
-  Rows(const Convolution& p, int64_t pixel, int count) {
+  Rows(const Convolution& p, int64_t pixel)
+      : column(pixel % p.window.out_w),
+        row(pixel / p.window.out_w % p.window.out_h),
+        image(pixel / p.window.out_w / p.window.out_h) {}
+
+  void next(const Convolution& p, int count) {
     const Window& w = p.window;
-    int64_t column = pixel % w.out_w, row = pixel / w.out_w % w.out_h, image = pixel / w.out_w / w.out_h;
     for (int i = 0; i < count; ++i) {
       const int64_t at = (image * w.padded_h() + row * w.stride_h) * w.padded_w() + column * w.stride_w;
       example[i] = image;
@@ -153,6 +158,35 @@ void write_silu(const Convolution& p, const Brief brief, int64_t example, const 
   }
 }
 
+// The same in float, without codes.
+template <class Op, int MR, int NR>
+void write_silu_floats(const Convolution& p, int64_t example, const typename Op::Sum (&held)[MR * NR], int64_t pixel,
+                       int64_t column) {
+  for (int j = 0; j < NR; ++j) {
+    const int64_t at = column + j * kLanes;
+    const Floats factor = Op::factor(p, example, at);
+    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+    for (int i = 0; i < MR; ++i) store(p.y + (pixel + i) * p.window.o + at, silu(Op::value(held[j * MR + i], factor, bias)));
+  }
+}
+
+// Results in float, where only bounds are left to be applied.
+template <class Op, int MR, int NR, int AT>
+__attribute__((always_inline)) inline void write_bounded(const Convolution& p, const Bounds& bounds,
+                                                         const Rows<Op>& rows, const typename Op::Sum (&sums)[MR][NR],
+                                                         int64_t pixel, int64_t column) {
+  constexpr int i = AT % MR, j = AT / MR;
+  const int64_t at = column + j * kLanes, left = p.window.o - at;
+  const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+  const Floats value = bounds(Op::value(sums[i][j], Op::factor(p, rows.example[i], at), bias));
+  float* const to = p.y + (pixel + i) * p.window.o + at;
+  if (left >= kLanes)
+    store(to, value);
+  else
+    store_some(to, value, static_cast<int>(left));
+  if constexpr (AT + 1 < MR * NR) write_bounded<Op, MR, NR, AT + 1>(p, bounds, rows, sums, pixel, column);
+}
+
 template <class Op, int MR, int NR>
 void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t column) {
   typename Op::Sum sums[MR][NR];
@@ -184,15 +218,18 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
       weights += 4 * p.stride;
     }
   }
+  if (Bounds::suffice(p)) return write_bounded<Op, MR, NR, 0>(p, Bounds(p.epilogue), rows, sums, pixel, column);
   const Finish finish(p);
   const bool whole = column + NR * kLanes <= window.o, together = rows.example[0] == rows.example[MR - 1];
   if (finish.is_brief() && whole && together) {
     const int64_t to = pixel * window.o + column;
     return write_brief<Op, MR, NR, 0>(p, finish.brief(), rows.example[0], sums, to, column, Floats{}, Floats{});
   }
-  if (!finish.is_silu() || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
+  const bool is_silu = p.codes == nullptr && p.epilogue.residual == nullptr;  // since bounds do not suffice
+  if (!(is_silu || finish.is_silu()) || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
   typename Op::Sum held[MR * NR];
   hold<MR, NR, 0>(sums, held);
+  if (is_silu) return write_silu_floats<Op, MR, NR>(p, rows.example[0], held, pixel, column);
   write_silu<Op, MR, NR>(p, finish.brief(), rows.example[0], held, pixel, column);
 }
 
@@ -222,9 +259,10 @@ void convolve(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t co
     some = some < kColumns ? kColumns : some;
     some = some < vectors ? some : vectors;
     const int64_t tiles = (some + kColumns - 1) / kColumns;
+    Rows<Op> rows(p, pixel);
     for (int64_t row = pixel; row < pixel_end; row += kRows) {
       const int count = static_cast<int>(pixel_end - row < kRows ? pixel_end - row : kRows);
-      const Rows<Op> rows(p, row, count);
+      rows.next(p, count);
       int64_t at = column;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t width = (some - (at - column) / kLanes + tiles - tile - 1) / (tiles - tile);
@@ -249,71 +287,6 @@ void in_float(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t co
 
 void of_codes(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t column, int64_t column_end) {
   convolve<OfCodes>(p, pixel, pixel_end, column, column_end);
-}
-
-// `count` pixels beside each other, with the positions of the window that are inside the image for all of them.
-template <int P>
-void depthwise_pixels(const Convolution& p, const float* x, int64_t at, int64_t first_h, int64_t end_h, int64_t first_w,
-                      int64_t end_w) {
-  const Window& w = p.window;
-  const int64_t step = w.stride_w * w.c;
-  const Finish finish(p);
-  for (int64_t c = 0; c < w.c; c += kLanes) {
-    const int count = static_cast<int>(w.c - c < kLanes ? w.c - c : kLanes);
-    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + c) : Floats{};
-    Floats sums[P];
-    for (int i = 0; i < P; ++i) sums[i] = bias;
-    for (int64_t kh = first_h; kh < end_h; ++kh) {
-      const float* row = x + kh * w.dilation_h * w.w * w.c + c;
-      const float* weights = static_cast<const float*>(p.weights) + kh * w.k_w * p.stride + c;
-      for (int64_t kw = first_w; kw < end_w; ++kw) {
-        const Floats factor = load(weights + kw * p.stride);
-        const float* from = row + kw * w.dilation_w * w.c;
-        if (count >= kLanes) {
-#pragma GCC unroll 4
-          for (int i = 0; i < P; ++i) sums[i] += load(from + i * step) * factor;
-        } else {
-          for (int i = 0; i < P; ++i) sums[i] += load_some(from + i * step, count) * factor;
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) finish(sums[i], at + i * w.c + c, count);
-  }
-}
-
-// Which positions of a window that begins at `start` are inside: [first, end).
-inline void inside(int64_t start, int64_t size, int64_t positions, int64_t dilation, int64_t& first, int64_t& end) {
-  first = start < 0 ? (-start + dilation - 1) / dilation : 0;
-  end = start < size ? (size - start + dilation - 1) / dilation : 0;
-  if (end > positions) end = positions;
-  if (first > end) first = end;
-}
-
-void depthwise(const Convolution& p, int64_t row, int64_t row_end) {
-  const Window& w = p.window;
-  constexpr int kPixels = 4;
-  for (; row < row_end; ++row) {
-    const int64_t top = row % w.out_h * w.stride_h - w.top;
-    int64_t first_h, end_h;
-    inside(top, w.h, w.k_h, w.dilation_h, first_h, end_h);
-    const int64_t image = (row / w.out_h * w.h + top) * w.w;
-    for (int64_t column = 0; column < w.out_w;) {
-      const int64_t left = column * w.stride_w - w.left;
-      const float* x = static_cast<const float*>(p.x) + (image + left) * w.c;
-      const int64_t at = (row * w.out_w + column) * w.c;
-      const int64_t last = left + (kPixels - 1) * w.stride_w + (w.k_w - 1) * w.dilation_w;
-      if (left >= 0 && last < w.w && column + kPixels <= w.out_w) {
-        depthwise_pixels<kPixels>(p, x, at, first_h, end_h, 0, w.k_w);
-        column += kPixels;
-        continue;
-      }
-      int64_t first_w, end_w;
-      inside(left, w.w, w.k_w, w.dilation_w, first_w, end_w);
-      depthwise_pixels<1>(p, x, at, first_h, end_h, first_w, end_w);
-      ++column;
-    }
-  }
 }
 
 #if defined(__AVX512VNNI__)
@@ -411,7 +384,7 @@ void pack(const Window& w, const int8_t* codes, void* weights, int64_t stride, i
 }  // namespace
 
 extern const ConvolutionVariant convolution = {
-    LEPTON_TEXT(VARIANT), kCodes, kFloatProducts, kCodeProducts, in_float, of_codes, depthwise,
+    LEPTON_TEXT(VARIANT), kCodes, kColumns, kFloatProducts, kCodeProducts, in_float, of_codes, depthwise_floats,
     largest_bits, round, widen, pack, &depthwise_codes};
 
 }  // namespace lepton::VARIANT

@@ -50,6 +50,7 @@ struct Convolution {
   int64_t steps;          // lanes of a run, ceil(run_length / terms of a lane)
   int64_t stride;         // columns of the weights, a multiple of the vectors' lanes
   float* y;
+  int64_t pitch;          // of depthwise ones in float: from a pixel of y to the next
   uint8_t* codes;         // written instead of y, each with 128 added; null: y is written
   // Of codes only.
   const float* scale;     // [stride], of columns
@@ -85,6 +86,7 @@ struct DepthwiseVariant;
 struct ConvolutionVariant {
   const char* name;
   CodesLayout codes;
+  int columns;  // vectors of a tile
   // Fewer multiplications than these, of floats and of codes, are not worth waking another thread for: some 40
   // microseconds.
   double float_products, code_products;
@@ -104,8 +106,15 @@ struct DepthwiseVariant {
   void (*round)(const float* x, int64_t count, CodeScale scale, uint8_t* to);
 };
 
-namespace portable { extern const ConvolutionVariant convolution; extern const DepthwiseVariant depthwise_codes; }
-namespace avx2 { extern const ConvolutionVariant convolution; extern const DepthwiseVariant depthwise_codes; }
-namespace avx512 { extern const ConvolutionVariant convolution; extern const DepthwiseVariant depthwise_codes; }
+#define LEPTON_CONVOLUTIONS(variant)                 \
+  namespace variant {                                \
+  extern const ConvolutionVariant convolution;       \
+  extern const DepthwiseVariant depthwise_codes;     \
+  DepthwisePart depthwise_floats;                    \
+  }
+LEPTON_CONVOLUTIONS(portable)
+LEPTON_CONVOLUTIONS(avx2)
+LEPTON_CONVOLUTIONS(avx512)
+#undef LEPTON_CONVOLUTIONS
 
 }  // namespace lepton

@@ -2,34 +2,17 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
-#include "convolution.h"
+#include "convolution_operands.h"
 #include "kept.h"
-#include "parallel.h"
 #include "scale.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
-extern "C" const char* lepton_variant();
-
 namespace lepton {
 namespace {
-
-const ConvolutionVariant* const kVariants[] = {
-#if defined(__x86_64__)
-    &avx512::convolution, &avx2::convolution,
-#endif
-    &portable::convolution};
-
-const ConvolutionVariant& chosen() {
-  const char* name = lepton_variant();
-  return **std::find_if(std::begin(kVariants), std::end(kVariants) - 1,
-                        [&](const ConvolutionVariant* each) { return std::strcmp(each->name, name) == 0; });
-}
 
 // Multiplications of a part, if a product is cut at all.
 constexpr double kPart = 1 << 18;
@@ -38,30 +21,6 @@ constexpr double kPart = 1 << 18;
 constexpr double kDepthwise = 1 << 20, kFewer = 8;
 // Values of a part that are only moved or compared, and fewer than are worth waking another thread for.
 constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 18;
-// What reads whole lanes may read this far beyond the last element.
-constexpr int64_t kBeyond = 64;
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Scratch = std::unique_ptr<void, Free>;
-
-// Memory that begins at a cache line; null if there is none.
-Scratch scratch(int64_t bytes) {
-  return Scratch(std::aligned_alloc(64, static_cast<size_t>((bytes + kBeyond + 63) / 64 * 64)));
-}
-
-ffi::Error no_memory() { return ffi::Error(ffi::ErrorCode::kResourceExhausted, "convolution: no memory"); }
-
-// Runs `count` parts on the pool, or here if they are not worth it.
-template <typename Work>
-void run(ffi::ThreadPool& pool, bool worth, int64_t count, const Work& work) {
-  if (worth && count > 1) {
-    run_parts(pool, count, work);
-  } else {
-    for (int64_t part = 0; part < count; ++part) work(part);
-  }
-}
 
 // Cuts the rows of the result of a depthwise convolution into parts: `work(row, row_end)`.
 template <typename Work>
@@ -71,44 +30,6 @@ void by_rows(ffi::ThreadPool& pool, const Window& w, const Work& work) {
   const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
   run(pool, products >= (others_are_awake() ? kDepthwise / kFewer : kDepthwise), (all + some - 1) / some,
       [&](int64_t part) { work(part * some, std::min(all, part * some + some)); });
-}
-
-using Geometry = ffi::Span<const int64_t>;
-
-// [k_h, k_w, stride_h, stride_w, dilation_h, dilation_w, top, bottom, left, right]
-ffi::Error window_of(Geometry geometry, ffi::Span<const int64_t> x, ffi::Span<const int64_t> y, Window& w) {
-  if (geometry.size() != 10 || x.size() != 4 || y.size() != 4)
-    return ffi::Error::InvalidArgument("convolution: images have four axes, and ten numbers say how they are read");
-  w = {x[0], x[1], x[2], x[3], y[1], y[2], y[3], geometry[0], geometry[1], geometry[2],
-       geometry[3], geometry[4], geometry[5], geometry[6], geometry[7], geometry[8], geometry[9]};
-  for (int i = 0; i < 6; ++i)
-    if (geometry[i] < 1) return ffi::Error::InvalidArgument("convolution: windows, strides and dilations are positive");
-  for (int i = 6; i < 10; ++i)
-    if (geometry[i] < 0) return ffi::Error::InvalidArgument("convolution: padding is not negative");
-  const int64_t reach_h = (w.k_h - 1) * w.dilation_h + 1, reach_w = (w.k_w - 1) * w.dilation_w + 1;
-  const bool fits_h = w.out_h == 0 || (w.out_h - 1) * w.stride_h + reach_h <= w.padded_h();
-  const bool fits_w = w.out_w == 0 || (w.out_w - 1) * w.stride_w + reach_w <= w.padded_w();
-  if (y[0] != x[0] || !fits_h || !fits_w)
-    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
-  return ffi::Error::Success();
-}
-
-ffi::Error epilogue_of(ffi::BufferR1<ffi::F32>& bias, ffi::AnyBuffer& residual, Geometry activation,
-                       ffi::Span<const float> bounds, ffi::Span<const int64_t> y, ConvolutionEpilogue& e) {
-  if (activation.size() != 2 || activation[0] < 0 || activation[0] > 2 || bounds.size() != 2)
-    return ffi::Error::InvalidArgument("convolution: unknown activation");
-  const int64_t o = y[3], bias_size = bias.dimensions()[0], size = y[0] * y[1] * y[2] * o;
-  const bool added = residual.element_count() > 0 && size > 0;
-  if ((bias_size != 0 && bias_size != o) || residual.element_type() != ffi::F32 ||
-      (added && static_cast<int64_t>(residual.element_count()) != size))
-    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
-  e.bias = bias_size == 0 ? nullptr : bias.typed_data();
-  e.residual = added ? static_cast<const float*>(residual.untyped_data()) : nullptr;
-  e.activation = static_cast<ConvolutionActivation>(activation[0]);
-  e.add_first = activation[1] != 0;
-  e.low = bounds[0];
-  e.high = bounds[1];
-  return ffi::Error::Success();
 }
 
 // Cuts the result of a dense convolution into parts, which read the least of weights and image again. Before pixels are
@@ -127,18 +48,21 @@ void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, bool cod
   }
   const int64_t wanted = std::min<int64_t>(4 * threads, static_cast<int64_t>(products / kPart));
   const int64_t lanes = variant.codes.lanes, vectors = p.stride / lanes;
-  if (pixels < 256 && vectors >= wanted) {
+  // Parts of fewer columns than a tile has would read the image for little.
+  const int64_t tiles = (vectors + variant.columns - 1) / variant.columns;
+  if (pixels < 256 && tiles >= threads) {
+    const int64_t parts = std::min(wanted, (tiles + threads - 1) / threads * threads);
     prepare(0, pixels);
-    run_parts(pool, wanted, [&](int64_t at) {
-      part(p, 0, pixels, vectors * at / wanted * lanes, vectors * (at + 1) / wanted * lanes);
+    run_parts(pool, parts, [&](int64_t at) {
+      part(p, 0, pixels, vectors * at / parts * lanes, vectors * (at + 1) / parts * lanes);
     });
     return;
   }
-  const int64_t rows = ((pixels + wanted - 1) / wanted + 7) / 8 * 8;
-  run_parts(pool, (pixels + rows - 1) / rows, [&](int64_t at) {
-    const int64_t end = std::min(at * rows + rows, pixels);
-    prepare(at * rows, end);
-    part(p, at * rows, end, 0, p.stride);
+  const int64_t groups = (pixels + 7) / 8, parts = std::min(wanted, groups);
+  run_parts(pool, parts, [&](int64_t at) {
+    const int64_t begin = groups * at / parts * 8, end = std::min(groups * (at + 1) / parts * 8, pixels);
+    prepare(begin, end);
+    part(p, begin, end, 0, p.stride);
   });
 }
 
@@ -163,20 +87,13 @@ void pad(ffi::ThreadPool& pool, const Window& w, int64_t bytes, int zero, void* 
   });
 }
 
-// `count` values, and zeros up to `stride`: where they are, or copied.
-const float* spread(const float* from, int64_t count, bool one, int64_t stride, float* to) {
-  if (count == stride && !one) return from;
-  for (int64_t i = 0; i < stride; ++i) to[i] = i < count ? from[one ? 0 : i] : 0.0f;
-  return to;
-}
-
 ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::BufferR4<ffi::F32> weights,
                        ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual, Geometry geometry, Geometry activation,
                        ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32> y) {
   Convolution p{};
   Window& w = p.window;
   if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
-  if (auto error = epilogue_of(bias, residual, activation, bounds, y->dimensions(), p.epilogue); error.failure()) return error;
+  if (auto error = epilogue_of(bias, &residual, activation, bounds, y->dimensions(), p.epilogue); error.failure()) return error;
   const auto shape = weights.dimensions();
   const bool depthwise = shape[2] == 1 && w.c != 1;
   if (shape[0] != w.k_h || shape[1] != w.k_w || shape[3] != w.o || (depthwise ? w.o : shape[2]) != w.c)
@@ -187,26 +104,19 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
   p.x = x.typed_data();
   p.weights = weights.typed_data();
   p.y = y->typed_data();
+  p.pitch = w.o;
   p.steps = w.run_length();
   p.stride = (w.o + lanes - 1) / lanes * lanes;
   const int64_t rows = depthwise ? w.k_h * w.k_w : w.terms();
-  Scratch wide, wide_bias, padded;
-  if (p.stride != w.o) {
-    wide = scratch(rows * p.stride * 4);
-    wide_bias = scratch(p.stride * 4);
-    if (wide == nullptr || wide_bias == nullptr) return no_memory();
-    for (int64_t row = 0; row < rows; ++row)
-      spread(weights.typed_data() + row * w.o, w.o, false, p.stride, static_cast<float*>(wide.get()) + row * p.stride);
-    p.weights = wide.get();
-    if (p.epilogue.bias != nullptr) {
-      spread(p.epilogue.bias, w.o, false, p.stride, static_cast<float*>(wide_bias.get()));
-      p.epilogue.bias = static_cast<const float*>(wide_bias.get());
-    }
-  }
+  Wide wide;
+  if (!wide.lay(weights.typed_data(), p.epilogue.bias, rows, w.o, p.stride)) return no_memory();
+  p.weights = wide.weights;
+  p.epilogue.bias = wide.bias;
   if (depthwise) {
     by_rows(pool, w, [&](int64_t row, int64_t row_end) { variant.depthwise(p, row, row_end); });
     return ffi::Error::Success();
   }
+  Scratch padded;
   if (w.is_padded()) {
     padded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * 4);
     if (padded == nullptr) return no_memory();
@@ -304,7 +214,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   Convolution p{};
   Window& w = p.window;
   if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
-  if (auto error = epilogue_of(bias, residual, activation, bounds, y->dimensions(), p.epilogue); error.failure())
+  if (auto error = epilogue_of(bias, &residual, activation, bounds, y->dimensions(), p.epilogue); error.failure())
     return error;
   const bool depthwise = codes.dimensions()[0] == w.k_h * w.k_w && w.c != 1;
   const bool read_codes = x.element_type() == ffi::U8, dynamic = static_scale.dimensions()[0] == 0;

@@ -211,4 +211,30 @@ struct Finish {
   }
 };
 
+// Bounds, where nothing else becomes of results in float: two instructions. NaN stays NaN.
+struct Bounds {
+  Floats low, high;
+
+  explicit Bounds(const ConvolutionEpilogue& e) {
+    const bool clamps = e.activation == ConvolutionActivation::kClamp;
+    low = Floats{} + (clamps ? e.low : -__builtin_inff());
+    high = Floats{} + (clamps ? e.high : __builtin_inff());
+  }
+  static bool suffice(const Convolution& p) {
+    return p.codes == nullptr && p.epilogue.residual == nullptr &&
+           p.epilogue.activation != ConvolutionActivation::kSilu;
+  }
+  // The operands are in the order in which the instructions give NaN back.
+  Floats operator()(Floats v) const {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)v));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
+#else
+    v = v < low ? low : v;
+    return v > high ? high : v;
+#endif
+  }
+};
+
 }  // namespace lepton::VARIANT

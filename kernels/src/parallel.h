@@ -1,10 +1,12 @@
 // Runs parts of a kernel on XLA's own threads, so that no more threads run than XLA was given.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 
@@ -23,19 +25,65 @@ inline void pause() {
 // longer as a rule, and to be woken takes as long, in a virtual machine more.
 constexpr int kLooks = 1000;
 
-// For how long a thread of the pool that found nothing more to do surely looks for more before it sleeps, in nanoseconds.
-constexpr int64_t kAwake = 30'000;
+// For how long a thread that has helped looks for more parts before it goes back to its pool, in nanoseconds. From there
+// it takes microseconds to come, and some 50 once it sleeps; one model's next kernel mostly begins sooner. Longer would keep
+// XLA's own operations waiting for it.
+constexpr int64_t kStays = 20'000;
+// And at most, if there always is more, so that other work of its pool comes to its turn.
+constexpr int64_t kStaysAtMost = 1'000'000;
 
-inline int64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
-
-// When another thread of the pool was last done with parts.
-inline std::atomic<int64_t>& last_helped() {
-  static std::atomic<int64_t> at{INT64_MIN / 2};
-  return at;
+inline int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// What threads that stay may take parts of.
+class Board {
+ public:
+  using Take = std::function<void()>;
+
+  static Board& of_process() {
+    static auto* const board = new Board;  // never destroyed: threads of XLA may outlive it at the end of a process
+    return *board;
+  }
+  // How many threads look for parts.
+  int64_t idle() const { return idle_.load(std::memory_order_relaxed); }
+
+  void post(const Take& take) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    take_ = take;
+    posted_.fetch_add(1, std::memory_order_release);
+  }
+
+  // Takes what is posted until nothing was for a while.
+  void stay() {
+    int64_t seen = posted_.load(std::memory_order_acquire), now = nanoseconds(), until = now + kStays;
+    const int64_t end = now + kStaysAtMost;
+    idle_.fetch_add(1, std::memory_order_relaxed);
+    for (; now < until && now < end; now = nanoseconds()) {
+      for (int look = 0; look < 16 && posted_.load(std::memory_order_acquire) == seen; ++look) pause();
+      if (posted_.load(std::memory_order_acquire) == seen) continue;
+      Take take;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        seen = posted_.load(std::memory_order_relaxed);
+        take = take_;
+      }
+      idle_.fetch_sub(1, std::memory_order_relaxed);
+      take();
+      idle_.fetch_add(1, std::memory_order_relaxed);
+      until = nanoseconds() + kStays;
+    }
+    idle_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+ private:
+  std::mutex mutex_;
+  Take take_;
+  std::atomic<int64_t> posted_{0}, idle_{0};
+};
+
 // Whether another thread is awake, as far as one knows: then it takes parts at once, and even short ones are worth it.
-inline bool others_are_awake() { return nanoseconds() - last_helped().load(std::memory_order_relaxed) < kAwake; }
+inline bool others_are_awake() { return Board::of_process().idle() > 0; }
 
 // Calls work(i) for each i below `count`. The calling thread takes parts like all others and waits only for parts that
 // another thread has begun: so it cannot wait for ever, even if it is the pool's only thread.
@@ -62,10 +110,13 @@ void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
       }
     }
   };
-  for (int64_t helper = 0; helper < helpers; ++helper)
-    pool.Schedule([take] {
+  Board& board = Board::of_process();
+  const int64_t there = std::min(helpers, board.idle());
+  if (there > 0) board.post(take);
+  for (int64_t helper = there; helper < helpers; ++helper)
+    pool.Schedule([take, &board] {
       take();
-      last_helped().store(nanoseconds(), std::memory_order_relaxed);
+      board.stay();
     });
   take();
   for (int look = 0; look < kLooks && state->done.load() != count; ++look) pause();

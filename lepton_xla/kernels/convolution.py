@@ -19,6 +19,8 @@ from lepton_xla.quant import FORMATS, QTensor, absmax_scale, encode, magnitude
 
 NUMBERS = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 """Of images [N, H, W, C] and windows [H, W, C, O]."""
+FLOAT = "convolution"
+"""The name of the primitive of those in float."""
 _ACTIVATIONS = ("none", "clamp", "silu")
 
 
@@ -97,7 +99,7 @@ def convolve(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     """
     assert x.dtype == weight.dtype == jnp.float32
     if not x.shape[3]:  # the kernel divides by the number of channels
-        return jnp.zeros(*_shape(x, weight, geometry=geometry))
+        return jnp.zeros(*shape(x, weight, geometry=geometry))
     none = jnp.zeros(0, jnp.float32)
     return _CONVOLUTION.bind(x, weight, none, none, geometry=geometry, epilogue=Epilogue())
 
@@ -125,7 +127,7 @@ def convolve_codes(
     assert not weight.transposed
     assert x.dtype == jnp.float32
     if not x.shape[3]:
-        return jnp.zeros(*_shape(x, weight.values, geometry=geometry))
+        return jnp.zeros(*shape(x, weight.values, geometry=geometry))
     static = jnp.zeros(0, jnp.float32) if static_scale is None else jnp.reshape(static_scale, (1,))
     none = jnp.zeros(0, jnp.float32)
     operands = Operands(x, weight.values, weight.scale, static, result=none, gate=none, bias=none, residual=none)
@@ -182,18 +184,19 @@ def followed(name: str, operands: Any, bias: Any, residual: Any, geometry: Geome
     return primitive.bind(*given, bias, residual, geometry=geometry, epilogue=epilogue)
 
 
-def _shape(x: Any, *operands: Any, geometry: Geometry, **_: Any) -> tuple[tuple[Any, ...], Any]:
+def shape(x: Any, *operands: Any, geometry: Geometry, **_: Any) -> tuple[tuple[Any, ...], Any]:
+    """Shape and dtype of a convolution in float of `x`; the first of the other operands is the weight."""
     sizes = (geometry.size(size, axis) for axis, size in enumerate(x.shape[1:3]))
     return (x.shape[0], *sizes, operands[0].shape[-1]), jnp.dtype("float32")
 
 
 def _shape_of_codes(*operands: Any, geometry: Geometry, **_: Any) -> tuple[tuple[Any, ...], Any]:
     given = Operands(*operands)
-    shape, dtype = _shape(given.x, given.codes, geometry=geometry)
-    return shape, jnp.dtype("uint8") if given.result.shape[0] else dtype
+    sizes, dtype = shape(given.x, given.codes, geometry=geometry)
+    return sizes, jnp.dtype("uint8") if given.result.shape[0] else dtype
 
 
-def _by_xla(
+def by_xla(
     x: jax.Array, weight: jax.Array, bias: jax.Array, residual: jax.Array, *, geometry: Geometry, epilogue: Epilogue
 ) -> jax.Array:
     """The same in XLA's own operations."""
@@ -263,8 +266,8 @@ def _integer_call(*operands: Any, **params: Any) -> tuple[str, tuple[Any, ...], 
     return _call("integer_convolution", *operands, **params)
 
 
-_CONVOLUTION = _compat.row_primitive("convolution", _shape, _by_xla, _float_call, by_row=(0, 3))
+_CONVOLUTION = _compat.row_primitive(FLOAT, shape, by_xla, _float_call, by_row=(0, 3))
 _INTEGER_CONVOLUTION = _compat.row_primitive(
     "integer_convolution", _shape_of_codes, _codes_by_xla, _integer_call, by_row=(0, 5, 7)
 )
-PRIMITIVES = {"convolution": _CONVOLUTION, "integer_convolution": _INTEGER_CONVOLUTION}
+PRIMITIVES = {FLOAT: _CONVOLUTION, "integer_convolution": _INTEGER_CONVOLUTION}
