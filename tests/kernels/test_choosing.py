@@ -383,7 +383,36 @@ def test_convolutions_in_float_by_kernels(kernels, monkeypatch):
     expected = jax.jit(program.fn)(program.weights, given_images)
     np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, given_images), expected, rtol=1e-5, atol=1e-5)
     times[autotuning.KERNEL] = 9.9
+    monkeypatch.setattr(autotuning, "time_programs", lambda functions, *_: [10.0, 9.9][: len(functions)])
     assert lx.passes.autotune(program, sizes=SIZES).fn is program.fn
+
+
+@pytest.mark.parametrize(("alone_us", "whole_us"), [(11.0, 5.0), (11.0, 9.9), (16.0, 5.0), (5.0, 5.0)])
+def test_convolutions_in_float_that_are_no_faster_alone_may_be_together(kernels, monkeypatch, alone_us, whole_us):
+    """All by kernels, and two of them by one: tried as a whole, if none is much slower alone, and taken if it wins."""
+    program, given_images = inverted_block(), images()
+    monkeypatch.setattr(autotuning, "_time_ways", lambda *_: {autotuning.XLA: 10.0, autotuning.KERNEL: alone_us})
+
+    def time_programs(functions, inputs, timer=None):
+        texts = [str(jax.make_jaxpr(fn)(weights, *inputs)) for fn, weights in functions]
+        return [whole_us if "expanding" in text else 9.0 if "= convolution" in text else 10.0 for text in texts]
+
+    monkeypatch.setattr(autotuning, "time_programs", time_programs)
+    tuned = lx.passes.autotune(program, sizes=SIZES)
+    (report,) = tuned.history
+    taken = {(site.action, site.reason) for site in report.sites}
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(tuned.fn)(tuned.weights, given_images).eqns]
+    if alone_us > 15:
+        assert taken == {(autotuning.XLA, "a kernel would take 1.60 of the time at batch 1")}
+        assert "whole_program" not in report.metrics
+        return
+    together = "alone XLA's own is as fast, but not in the whole program with all convolutions by kernels"
+    assert taken == {(autotuning.KERNEL, together if alone_us > 10 else "0.50 of the time of XLA's own")}
+    assert report.metrics["joined"] == (whole_us < 9)
+    assert names.count("expanding") == (whole_us < 9)
+    assert names.count("convolution") == (1 if whole_us < 9 else 3)
+    expected = jax.jit(program.fn)(program.weights, given_images)
+    np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, given_images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_convolutions_are_timed_as(kernels):

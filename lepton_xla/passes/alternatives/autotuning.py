@@ -4,7 +4,8 @@ Alternatives are `shifted` for grouped convolutions, `convolving` for convolutio
 `norming` for attention and norms by a kernel, and `single_row` for products of a single row. Each is timed against
 XLA's own operation at the sizes to be compiled. Then the whole program is timed with all winners, because an operation
 costs more or less among its neighbours than alone; if it is slower, with convolutions, products, attention and norms in
-turn, so that what one of them loses does not cost the others' gain.
+turn, so that what one of them loses does not cost the others' gain. At last it is timed with all convolutions by
+kernels, joined where `expanding` can: these leave out what XLA would do in between, so they may win together.
 """
 
 from __future__ import annotations
@@ -22,131 +23,22 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
-from lepton_xla.kernels import attention, norm
-from lepton_xla.passes.alternatives import attending, convolving, fusing, norming, shifted, single_row
+from lepton_xla.passes.alternatives import attending, expanding, fusing, norming
+from lepton_xla.passes.alternatives.choices import KERNEL, XLA, Choices, Timing, kind_of, ways
 from lepton_xla.passes.core.layouts import Step
-from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.sites import Site, trace_sites
 from lepton_xla.passes.core.spreading import is_spread
 from lepton_xla.passes.core.timing import OPERATION_BUDGET_S, Timer, time_programs
-from lepton_xla.passes.core.walker import Context, TracedValue, Values, materialize
 from lepton_xla.program import Expansion, Program
 from lepton_xla.report import PassReport, SiteReport
 from lepton_xla.trees import abstract
 
-# Name of XLA's own implementation among the alternatives.
-XLA = "XLA's own"
-KERNEL = "a kernel"
 # An alternative must win by more than the noise of measurement.
 WORTH_RATIO = 0.97
 # Maximum number of sizes at which the whole program is timed.
 MAX_SIZES = 2
-_PRIMITIVES = ("conv_general_dilated", "dot_general")
+_TOGETHER = "alone XLA's own is as fast, but not in the whole program with all convolutions by kernels"
 type _Pattern = attending.Pattern | norming.Pattern
-
-
-def ways(eqn: Any, *, transposed: bool = False) -> dict[str, Callable[..., jax.Array]]:
-    """Alternatives to XLA's own implementation of an operation, by name: functions of its operands.
-
-    Args:
-        eqn: the operation.
-        transposed: whether its right operand is the transpose of a matrix. The functions then take that matrix.
-    """
-    found: dict[str, Callable[..., jax.Array]] = {}
-    if transposed:
-        if single_row.takes_transpose(eqn):
-            found["without the transpose"] = functools.partial(single_row.untransposed, eqn)
-        return found
-    if shifted.fits(eqn):
-        convolve = functools.partial(shifted.convolve, eqn.params, dtype=eqn.outvars[0].aval.dtype)
-        found["shifted multiply-adds"] = convolve
-        if not shifted.has_channels_last(eqn):
-            found["shifted multiply-adds, channels last"] = functools.partial(convolve, channels_last=True)
-    if convolving.fits(eqn):
-        found[KERNEL] = functools.partial(convolving.convolve, eqn.params)
-    if single_row.fits(eqn):
-        found["row padded to two"] = functools.partial(single_row.padded, eqn)
-        found["in float32"] = functools.partial(single_row.widened, eqn)
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Median times of one operation at one size.
-
-    Attributes:
-        site: the name of the site.
-        sizes: sizes of the symbolic dimensions.
-        way_us: microseconds by alternative, including `XLA`.
-    """
-
-    site: str
-    sizes: dict[str, int]
-    way_us: dict[str, float]
-
-    def share(self, way: str) -> float:
-        """Time of an alternative over that of XLA's own; infinite if it cannot run."""
-        return self.way_us.get(way, math.inf) / self.way_us[XLA]
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """The chosen alternatives for the operations of a program; they also apply to what other passes make of it.
-
-    Attributes:
-        way: kind of operation, whose first item names its primitive -> chosen alternative, `XLA` if none is faster.
-        timings: kind -> the timings behind the choice.
-    """
-
-    way: Mapping[Any, str] = dataclasses.field(default_factory=dict[Any, str])
-    timings: Mapping[Any, Sequence[Timing]] = dataclasses.field(default_factory=dict[Any, Sequence[Timing]])
-
-    @property
-    def any(self) -> bool:
-        """Whether any operation has an alternative chosen."""
-        return any(way != XLA for way in self.way.values())
-
-    @property
-    def primitives(self) -> list[str]:
-        """Primitives of the operations that have an alternative chosen."""
-        return list(dict.fromkeys(kind[0] for kind, way in self.way.items() if way != XLA))
-
-    def only(self, primitives: Iterable[str]) -> Choices:
-        """The choices for these primitives; XLA's own for all others."""
-        kept = set(primitives)
-        return dataclasses.replace(self, way={kind: way if kind[0] in kept else XLA for kind, way in self.way.items()})
-
-    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function with the chosen alternatives."""
-
-        def rule(_context: Context, eqn: Any, values: Values) -> Values | None:
-            if isinstance(values[1], single_row.Transposed):
-                compute = self.of(eqn, transposed=True)
-                if compute is not None:
-                    return [compute(materialize(values[0]), values[1].matrix)]
-            compute = self.of(eqn)
-            return None if compute is None else [compute(*(materialize(value) for value in values))]
-
-        rules = dict.fromkeys(_PRIMITIVES, rule) | {"transpose": _follow_transpose}
-        tuned = rewrite(fn, rules, inline=True, on_unknown="keep") if self.any else fn
-        by_kernel = {kind[0] for kind, way in self.way.items() if way == KERNEL}
-        if attention.PRIMITIVE.name in by_kernel:
-            tuned = attending.attend(tuned, lambda pattern: self.way.get(pattern.kind, XLA) == KERNEL)
-        if norm.PRIMITIVE.name in by_kernel:
-            tuned = norming.normalize(tuned, lambda pattern: self.way.get(pattern.kind, XLA) == KERNEL)
-        return fusing.fuse(tuned) if KERNEL in self.way.values() else tuned
-
-    def of(self, eqn: Any, *, transposed: bool = False) -> Callable[..., jax.Array] | None:
-        """The chosen alternative for an operation, as in `ways`; None for XLA's own."""
-        found = ways(eqn, transposed=transposed)
-        return found.get(self.way.get(_kind(eqn, transposed=transposed), XLA)) if found else None
-
-
-def _follow_transpose(_context: Context, eqn: Any, values: Values) -> Values | None:
-    (matrix,) = values
-    if isinstance(matrix, TracedValue) or eqn.params["permutation"] != (1, 0):
-        return None
-    return [single_row.Transposed(matrix)]
 
 
 @takes(program=Program, progress=Callable)
@@ -181,13 +73,19 @@ def autotune(
         return program
     metrics: dict[str, Any] = {}
     reasons: dict[str, str] = {}
+    whole: list[dict[str, Any]] = []
     if choices.any:
         choices, reasons, whole = _keep(program, choices, sizes, say, timer)
-        metrics |= {"whole_program": whole} if whole else {}
+    alone = choices
+    choices, more = _with_all(program, choices, sizes, say, timer)
+    metrics |= {"whole_program": [*whole, *more]} if whole or more else {}
+    metrics |= {"joined": choices.joined} if more else {}
+
+    def reason(kind: Any) -> str:
+        return _TOGETHER if choices.way[kind] != alone.way[kind] else reasons.get(kind[0], "")
+
     reports = tuple(
-        _report(
-            site, choices.way[kind], reasons.get(kind[0], ""), [timing for timing in timings if timing.site == site]
-        )
+        _report(site, choices.way[kind], reason(kind), [timing for timing in timings if timing.site == site])
         for kind, timings in choices.timings.items()
         for site in dict.fromkeys(timing.site for timing in timings)
     )
@@ -222,7 +120,7 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
                 times = _timed(_Operation(site.eqn, transposed=transposed), timer)
                 if spread:
                     times = {way: time for way, time in times.items() if way != KERNEL}
-                timings.setdefault(_kind(site.eqn, transposed=transposed), []).append(
+                timings.setdefault(kind_of(site.eqn, transposed=transposed), []).append(
                     Timing(site.name, dict(at), times)
                 )
         if timer.target.has_kernels and not spread:
@@ -360,27 +258,6 @@ def _is_transposed(site: Site) -> bool:
     return eqn.primitive.name == "transpose" and eqn.params["permutation"] == (1, 0)
 
 
-def _kind(eqn: Any, *, transposed: bool = False) -> Any:
-    """The kind of an operation: everything that determines the fastest alternative, except for the amount of data.
-
-    So one choice holds for all sizes, symbolic ones included, and for the same operation in another program.
-    """
-    params, operands = eqn.params, [var.aval for var in eqn.invars]
-    dtypes = tuple(each.dtype.name for each in (*operands, eqn.outvars[0].aval))
-    if eqn.primitive.name == "dot_general":
-        side = single_row.single(eqn)
-        return (
-            eqn.primitive.name,
-            params["dimension_numbers"],
-            side,
-            None if side is None else operands[1 - side].shape,
-            dtypes,
-            transposed,
-        )
-    names = ("dimension_numbers", "window_strides", "lhs_dilation", "rhs_dilation", "feature_group_count")
-    return (eqn.primitive.name, *(params[name] for name in names), operands[1].shape, dtypes)
-
-
 def _fastest(timings: Sequence[Timing]) -> str:
     """The alternative with the least total time among those that are faster than XLA's own at every size."""
     best, least = XLA, 1.0
@@ -420,6 +297,30 @@ def _keep(
         reasons[primitive] = refused(choices.only(kept), choices.only(now), {"operations": now})
         kept = kept if reasons[primitive] else now
     return choices.only(kept), reasons, whole
+
+
+def _with_all(
+    program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer
+) -> tuple[Choices, list[dict[str, Any]]]:
+    """All convolutions by kernels, if the whole program is faster with them at every size, and the times."""
+    whole: list[dict[str, Any]] = []
+    fn, weights = (program.fn, program.weights) if program.expansion is None else (program.expansion.fn, None)
+    if weights is None:
+        assert program.expansion is not None
+        weights = jax.eval_shape(program.expansion.expand, program.weights)
+    for joined in (True, False):
+        all_of_them = choices.together(joined=joined)
+        if all_of_them.way == choices.way and not joined:
+            break
+        if joined:
+            made = jax.make_jaxpr(all_of_them.apply(fn))(abstract(weights), *program.abstract_inputs(sizes[0]))
+            if not expanding.joins(made):
+                continue
+        times = _time_whole(program, choices, all_of_them, sizes, say, timer)
+        whole.extend({**timed, "operations": ["convolutions together"], "joined": joined} for timed in times)
+        if all(timed["autotuned_us"] < WORTH_RATIO * timed["before_us"] for timed in times):
+            return all_of_them, whole
+    return choices, whole
 
 
 def _time_whole(
