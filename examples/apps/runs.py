@@ -56,8 +56,8 @@ def measured(
             return kept["figures"]
     file.unlink(missing_ok=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figures = dict(measure())
+    text = json.dumps({"of": of, "figures": dict(measure())})
     part = file.with_suffix(".part")
-    part.write_text(json.dumps({"of": of, "figures": figures}))
+    part.write_text(text)
     os.replace(part, file)
-    return figures
+    return json.loads(text)["figures"]

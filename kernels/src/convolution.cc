@@ -251,6 +251,7 @@ void rows_of(const Convolution& p, const Rows<Op>& rows, int count, int64_t pixe
 
 template <class Op>
 void convolve(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t column, int64_t column_end) {
+  if (pixel >= pixel_end) return;  // an image without pixels has no width to divide by
   const int64_t depth = p.window.runs() * p.steps * 4;
   int64_t vectors = (column_end - column + kLanes - 1) / kLanes;
   while (vectors > 0) {

@@ -46,7 +46,7 @@ void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, bool cod
     prepare(0, pixels);
     return part(p, 0, pixels, 0, p.stride);
   }
-  const int64_t wanted = std::min<int64_t>(4 * threads, static_cast<int64_t>(products / kPart));
+  const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(products / kPart), 1, 4 * threads);
   const int64_t lanes = variant.codes.lanes, vectors = p.stride / lanes;
   // Parts of fewer columns than a tile has would read the image for little.
   const int64_t tiles = (vectors + variant.columns - 1) / variant.columns;
@@ -307,7 +307,8 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
     std::memcpy(&found, &bits, 4);
     return found;
   };
-  p.numbers = std::isfinite(largest(p.scale) * *std::max_element(row_scale, row_scale + w.n)) &&
+  const float widest = largest(p.scale);
+  p.numbers = std::all_of(row_scale, row_scale + w.n, [&](float scale) { return std::isfinite(widest * scale); }) &&
               (p.epilogue.bias == nullptr || std::isfinite(largest(p.epilogue.bias)));
   if (depthwise) return depthwise_of_codes(pool, *variant.depthwise_codes, p, floats);
   const auto* factors = gated ? static_cast<const float*>(gate.untyped_data()) : nullptr;

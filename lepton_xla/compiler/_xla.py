@@ -158,7 +158,9 @@ def calls_kernels(blob: bytes) -> bool:
 
 def kernels_called(blob: bytes) -> list[str]:
     """The names of this project's kernels in serialized code, as often as they are there."""
-    return sorted(name.decode() for name in re.findall(re.escape(installation.PREFIX.encode()) + rb"\w*", blob))
+    # Other bytes come at once behind a name.
+    name = re.escape(installation.PREFIX.encode()) + rb"[a-z]+(?:_[a-z]+)*(?:_\d)?"
+    return sorted(found.decode() for found in re.findall(name, blob))
 
 
 def _register_lapack() -> None:

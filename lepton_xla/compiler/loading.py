@@ -114,7 +114,7 @@ def load(
         if manifest.is_update or (base is not None and manifest.fit and manifest.fit == base.manifest.fit):
             servable = _share(store, manifest, files, base)
         else:
-            servable = _load(store, manifest, files, buckets, device, write_back=write_back, read_back=check)
+            servable = _load(store, manifest, files, buckets, device, trusted, write_back=write_back, read_back=check)
         rest()
         if check or manifest.is_update:
             check_weights(servable, base, store.location)
@@ -162,6 +162,7 @@ def _load(
     files: VerifiedFiles,
     buckets: Mapping[str, Sequence[int]] | None,
     device: int,
+    trusted: TrustedKeys | None,
     *,
     write_back: bool,
     read_back: bool,
@@ -184,7 +185,9 @@ def _load(
     if _xla.is_quick(devices.first) and (missing or any(map(_xla.needs_jax, blobs.values()))):
         devices = _devices(manifest, store.location, device)
     tokenizer, conversion = _tokenizer(manifest, files), _conversion(manifest, files)
-    compiled = f"{manifest.fit} {target.digest}" if manifest.fit else ""
+    # What `fit` says is not checked here: code is shared among those alone who trust the same keys, and one compiler.
+    keys = None if trusted is None else sorted(trusted.keys)
+    compiled = str([manifest.fit, target.digest, sorted(manifest.made_by.items()), keys]) if manifest.fit else ""
     with executor(max(len(blobs), 1), "lepton-code") as pool:
         # Largest first, and beside the weights, which are read and verified meanwhile.
         ordered = sorted(blobs, key=lambda name: -len(blobs[name]))

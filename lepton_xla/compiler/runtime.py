@@ -19,6 +19,9 @@ type Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 """`runner(inputs) -> outputs`, in order, with the exact shapes of one bucket."""
 
 
+# What an executable adds to the resident size of a process beside its code: see the test of memory.
+_EXECUTABLE_BYTES = 300 << 10
+
 type _Slot = tuple[str, tuple[int, ...], np.dtype, Callable[[np.ndarray], jax.Array]]
 type _Execute = Callable[[list[jax.Array]], list[jax.Array]]
 
@@ -82,9 +85,10 @@ class Runtime:
         return len(self._executables)
 
     @property
-    def part(self) -> float:
-        """The part of its code's bytes that this answers for: of code that four run, a quarter each."""
-        return sum(1 / max(len(each.users), 1) for each in self._code) / len(self._code) if self._code else 1.0
+    def code_bytes(self) -> int:
+        """An estimate of its loaded code's bytes: of code that four run, a quarter each."""
+        own = max(self.count - len(self._code), 0) * _EXECUTABLE_BYTES
+        return own + sum((each.nbytes + _EXECUTABLE_BYTES) // max(len(each.users), 1) for each in self._code)
 
     def sharing(self, weights: Sequence[jax.Array]) -> Runtime:
         """A runtime with the same executables and other weights of equal shapes and dtypes."""

@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
 
 
-# What an executable adds to the resident size of a process beside its code: see the test of memory.
-_EXECUTABLE_BYTES = 300 << 10
-
-
 class Servable:
     """A model ready to run; thread-safe.
 
@@ -155,17 +151,12 @@ class Servable:
         >>> servable.nbytes > servable.weights_bytes
         True
         """
-        weights, code = self._nbytes
-        return weights + int(code * self.runtime.part) + self.runtime.packed_bytes
+        return self._own_bytes + self.runtime.code_bytes + self.runtime.packed_bytes
 
     @functools.cached_property
-    def _nbytes(self) -> tuple[int, int]:
-        # Of weights and cache, and of code. Kept, because the memory of a server is summed up again and again; new
-        # weights take what the old ones took.
-        here = [each.files for each in self.manifest.executables.values()]
-        code = max((sum(self.manifest.files[file].size for file in files.values()) for files in here), default=0)
-        cache = self.stepper.cache_bytes if self.stepper is not None else 0
-        return self.weights_bytes + cache, code + _EXECUTABLE_BYTES * self.runtime.count
+    def _own_bytes(self) -> int:
+        # Kept, because the memory of a server is summed up again and again; new weights take what the old ones took.
+        return self.weights_bytes + (self.stepper.cache_bytes if self.stepper is not None else 0)
 
     def run(
         self, sizes: Mapping[str, int], arrays: Sequence[Shaped[np.ndarray, "*_"]]

@@ -4,7 +4,8 @@ Fifty models of one program run in turn. With code of its own each, the processo
 needed.
 
 What is equal is told by the digest of all that code depends on (`fit`), as where an update runs on its base's code: the
-bytes are not equal, since XLA numbers modules and orders functions anew each time that it compiles one program.
+bytes are not equal, since XLA numbers modules and orders functions anew each time that it compiles one program. Nobody
+computes that digest again on loading, so whoever trusts certain keys shares code only with who trusts the same.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ class Shared:
 
     Args:
         loaded: the executable.
+        nbytes: of its serialized form.
 
     Attributes:
-        loaded: as given.
+        loaded, nbytes: as given.
         users: what runs it, which may be gone at any time.
     """
 
-    __slots__ = ("__weakref__", "loaded", "users")
+    __slots__ = ("__weakref__", "loaded", "nbytes", "users")
 
-    def __init__(self, loaded: _xla.Loaded) -> None:
+    def __init__(self, loaded: _xla.Loaded, nbytes: int) -> None:
         self.loaded = loaded
+        self.nbytes = nbytes
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
 
 
@@ -49,7 +52,8 @@ def shared_code(blob: bytes, devices: Sequence[_xla.Device], name: str, program:
         blob: the code. Code that calls other kernels is other code, though its program is the same.
         devices: what it runs on. Nothing else is chosen when code is loaded.
         name: of its bucket.
-        program: tells the program, and what it was compiled for; empty if that is unknown: then equal bytes are.
+        program: tells the program, what it was compiled for and by, and who is trusted to have done it; empty if that
+            is unknown: then equal bytes are.
 
     Raises:
         ArtifactError: if the bytes are not code for these devices; names the bucket.
@@ -59,7 +63,7 @@ def shared_code(blob: bytes, devices: Sequence[_xla.Device], name: str, program:
     with _LOCK:
         found = _ALL.get(key)
     if found is None:
-        made = Shared(Code.read(blob, devices, name).loaded)  # not under the lock: others load meanwhile
+        made = Shared(Code.read(blob, devices, name).loaded, len(blob))  # not under the lock: others load meanwhile
         with _LOCK:
             found = _ALL.setdefault(key, made)
     return found

@@ -1,6 +1,7 @@
 """Models of equal code run one executable, which goes with the last of them."""
 
 import gc
+import shutil
 import threading
 import weakref
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.compiler import sharing
+from lepton_xla.compiler import make_update, sharing, sign
 from lepton_xla.kernels import installation
 
 SIDE = 24
@@ -46,7 +47,40 @@ def test_models_of_one_program_share_its_code_and_answer_with_their_own_weights(
             np.testing.assert_array_equal(servable(x=x)["y"], scale * x + offset)
 
 
+def test_code_is_shared_among_those_alone_who_trust_the_same_keys(folder, tmp_path):
+    lx.trust.create_keys(tmp_path / "release")
+    lx.trust.create_keys(tmp_path / "other")
+    keys = [tmp_path / "release.pub", tmp_path / "both"]
+    keys[1].mkdir()
+    for name in ("release", "other"):
+        shutil.copy(tmp_path / f"{name}.pub", keys[1])
+    shutil.copytree(folder / "two", tmp_path / "signed")
+    sign(tmp_path / "signed", key=tmp_path / "release.key")
+    loaded = [lx.load(folder / "two"), *(lx.load(tmp_path / "signed", trust=each) for each in keys)]
+    assert len(set().union(*map(code, loaded))) == 3 * len(code(loaded[0]))
+    assert code(lx.load(tmp_path / "signed", trust=keys[0])) == code(loaded[1])
+
+
+def test_an_update_answers_for_its_part_of_the_code(folder):
+    gc.collect()
+    base = lx.load(folder / "two")
+    alone, weights = base.nbytes, base.weights_bytes
+    program = lx.trace(
+        lambda w, x: {"y": x @ w["w"] + 1.0},
+        {"w": 5 * np.eye(SIDE, dtype=np.float32)},
+        {"x": lx.TensorSpec(("batch", SIDE), "float32")},
+    )
+    make_update(base, program).save(folder / "five")
+    update = lx.load(folder / "five", base=base)
+    gc.collect()  # what made the update ran the code too
+    assert abs(base.nbytes + update.nbytes - (alone + weights)) <= 4
+    del base
+    gc.collect()
+    assert update.nbytes == alone
+
+
 def test_shared_code_is_counted_once_and_goes_with_its_last_user(folder):
+    gc.collect()
     two = lx.load(folder / "two")
     alone, weights = two.nbytes, two.weights_bytes
     three = lx.load(folder / "three")

@@ -62,7 +62,7 @@ def test_what_was_measured_is_not_measured_again(modules, monkeypatch, tmp_path)
 
     file = tmp_path / "figures" / "one.json"
     for known, count in (([1, "a"], 1), ([1, "a"], 1), ([2, "a"], 2)):
-        assert runs.measured(file, known, measure, [made])["name"] == "right"
+        assert runs.measured(file, known, measure, [made]) == {"curve": [[1, 0.5]], "name": "right"}
         assert len(calls) == count
     made.unlink()  # what the figures are of is gone
     runs.measured(file, [2, "a"], measure, [made])

@@ -387,7 +387,7 @@ def test_convolutions_in_float_by_kernels(kernels, monkeypatch):
     assert lx.passes.autotune(program, sizes=SIZES).fn is program.fn
 
 
-@pytest.mark.parametrize(("alone_us", "whole_us"), [(11.0, 5.0), (11.0, 9.9), (16.0, 5.0), (5.0, 5.0)])
+@pytest.mark.parametrize(("alone_us", "whole_us"), [(11.0, 5.0), (11.0, 9.5), (16.0, 5.0), (5.0, 5.0)])
 def test_convolutions_in_float_that_are_no_faster_alone_may_be_together(kernels, monkeypatch, alone_us, whole_us):
     """All by kernels, and two of them by one: tried as a whole, if none is much slower alone, and taken if it wins."""
     program, given_images = inverted_block(), images()

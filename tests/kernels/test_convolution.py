@@ -397,6 +397,25 @@ def wakes():
     return count
 
 
+@pytest.mark.parametrize("codes", [False, True], ids=["float", "codes"])
+def test_what_is_small_is_computed_behind_what_is_large(variants, codes):
+    """While a thread that has helped is awake, less is worth sharing with it."""
+    geometry = Geometry((1, 1), (1, 1))
+    large, small = array(1, 32, 32, 64), array(1, 8, 8, 32)
+    weights = [stored(64, 64), stored(32, 32)] if codes else [jnp.asarray(array(1, 1, c, c)) for c in (64, 32)]
+    convolve = convolution.convolve_codes if codes else convolution.convolve
+
+    def fn(weights, large, small):
+        first = convolve(large, weights[0], geometry)
+        return convolve(small + 0 * first[0, 0, 0, 0], weights[1], geometry)  # not before the large one
+
+    expected = np.asarray(convolve(small, weights[1], geometry))
+    for _ in variants():
+        compute = jax.jit(fn)
+        for _ in range(20):
+            np.testing.assert_allclose(compute(weights, large, small), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("codes", [False, True], ids=["float", "codes"])
 def test_what_takes_microseconds_wakes_no_thread(kernels, codes):

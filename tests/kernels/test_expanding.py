@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_convolution import NONE, PLAIN, array, finished, summed
 
@@ -54,6 +54,10 @@ def by_kernel(x, first, bias, window, second, geometry, before, after):
     after=EPILOGUES,
     biased=st.booleans(),
 )
+@example(  # of which no row is read
+    size=(1, 1, 3), channels=3, wide=17, geometry=Geometry((1, 1), (3, 1), padding=((1, 1), (0, 0))), before=PLAIN,
+    after=PLAIN, biased=True,
+)  # fmt: skip
 def test_every_shape(variants, size, channels, wide, geometry, before, after, biased):
     sizes = [geometry.size(each, axis) for axis, each in enumerate(size[1:])]
     if min(sizes) < 1:

@@ -393,7 +393,7 @@ def written(kind, fields):
         (["jobset", "--image", "i", "--", "a"], "give either hosts"),
         (["jobset", "--image", "i", "--hosts", "1", "--claim", "/a", "--", "a"], "'/a': expected PATH=CLAIM"),
         (["slurm", "--nodes", "1", "--gpus-per-node", "1", "--output", "no/such/file", "--", "a"], "does not exist"),
-        (["slurm", "--nodes", "1", "--gpus-per-node", "1", "--output", ".", "--", "a"], "cannot be written"),
+        (["slurm", "--nodes", "1", "--gpus-per-node", "1", "--output", ".", "--", "a"], "is a folder"),
         (["jobset", "--image", "i", "--hosts", "1", "--watchdog-compile-s", "5", "--", "a"], "need --watchdog-s"),
     ],
 )

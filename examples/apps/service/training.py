@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ def trained(
     found = runs.once(
         kept / name, lambda: _fitted(model, made, task, states if folder else None, seed, steps, broken_off)
     )
+    shutil.rmtree(broken_off.folder, ignore_errors=True)  # it is done; what is trained anew begins anew
     weights = {**model.program.weights, **{path: jnp.asarray(leaf) for path, leaf in found.items()}}
     return model.program.replace(weights=weights), float(found["threshold"])
 

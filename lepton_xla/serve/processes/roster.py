@@ -15,18 +15,18 @@ class Kept:
 
     Args:
         name, version: what it is called.
-        nbytes: what it takes in one worker, the most of all.
+        nbytes: what it takes in one worker, the most of all, until workers report it.
         pinned: whether it is never evicted.
         workers: all of them.
 
     Attributes:
-        name, nbytes, pinned: as given.
+        name, pinned: as given.
         devices: the one that each worker has.
     """
 
     def __init__(self, name: str, version: str, nbytes: int, pinned: bool, workers: Sequence[Child]) -> None:
         self.name = name
-        self.nbytes = nbytes
+        self._told_bytes = nbytes
         self.pinned = pinned
         self.devices = (0,)
         self._key = f"{name}/{version}"
@@ -35,6 +35,12 @@ class Kept:
 
     def _counts(self) -> Iterator[dict[str, Any]]:
         return (child.counts[self._key] for child in self._workers if self._key in child.counts)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in one worker, the most of all: less while others share its code."""
+        reported = (each.get("now", {}).get("model_bytes", 0) for each in self._counts())
+        return int(max(reported, default=0)) or self._told_bytes
 
     @property
     def used_s(self) -> float:

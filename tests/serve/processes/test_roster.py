@@ -37,17 +37,20 @@ def test_use_is_what_any_worker_has_reported_last():
     workers = [Child("one"), Child("two")]
     roster = Roster(workers)
     before = time.time()
+    roster.prepared(1, {"1": 70})
     roster.committed(1, Change("m", {"1": Source("m/1.lepton")}))
     (kept,) = roster
+    assert kept.nbytes == 70
     assert before <= kept.used_s <= time.time()
     assert not kept.busy
     later = time.time() + 100
     assert kept.requests == 0
-    first = {"last_s": later, "now": {"queue_requests": 0}, "request_s": [2, 3, 7.5]}
+    first = {"last_s": later, "now": {"queue_requests": 0, "model_bytes": 100.0}, "request_s": [2, 3, 7.5]}
     workers[0].counts = {"m/1": first, "m/2": {"last_s": later + 9, "request_s": [9, 9, 9.0]}}
     workers[1].counts = {"m/1": {"last_s": later - 1, "now": {"queue_requests": 3.0}, "request_s": [1, 0, 0.5]}}
     assert kept.used_s == later
     assert kept.requests == 6
     assert kept.busy
+    assert kept.nbytes == 100  # nothing shares its code any more
     workers[1].forget()
     assert not kept.busy
