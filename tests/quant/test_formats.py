@@ -81,7 +81,7 @@ def check_round_trip(matrix, name, granularity):
         assert (np.abs(back - exact) <= np.maximum(relative, step) * 1.001 + slack * np.abs(exact)).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(sorted(FORMATS)), st.sampled_from(GRANULARITIES), st.data())
 def test_round_trip_of_any_finite_matrix(name, granularity, data):
     # Few shapes, each of which is compiled for each format.
