@@ -117,7 +117,7 @@ __attribute__((always_inline)) inline void write(const Convolution& p, const Fin
                                                  int64_t column) {
   constexpr int i = AT % MR, j = AT / MR;
   const int64_t at = column + j * kLanes, left = p.window.o - at;
-  const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
+  const Floats bias = bias_at(finish.e, at);
   const Floats value = Op::value(sums[i][j], Op::factor(p, rows.example[i], at), bias);
   finish(value, (pixel + i) * p.window.o + at, static_cast<int>(left < kLanes ? left : kLanes));
   if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1>(p, finish, rows, sums, pixel, column);
@@ -133,7 +133,7 @@ __attribute__((always_inline)) inline void write_brief(const Convolution& p, Bri
   if constexpr (i == 0) {
     const int64_t at = column + j * kLanes;
     factor = Op::factor(p, example, at);
-    bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+    bias = bias_at(p.epilogue, at);
   }
   brief(Op::value(sums[i][j], factor, bias), to + i * p.window.o + j * kLanes);
   if constexpr (AT + 1 < MR * NR) write_brief<Op, MR, NR, AT + 1>(p, brief, example, sums, to, column, factor, bias);
@@ -152,7 +152,7 @@ void write_silu(const Convolution& p, const Brief brief, int64_t example, const 
   for (int j = 0; j < NR; ++j) {
     const int64_t at = column + j * kLanes;
     const Floats factor = Op::factor(p, example, at);
-    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+    const Floats bias = bias_at(p.epilogue, at);
     for (int i = 0; i < MR; ++i)
       brief.silu_of(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
   }
@@ -165,7 +165,7 @@ void write_silu_floats(const Convolution& p, int64_t example, const typename Op:
   for (int j = 0; j < NR; ++j) {
     const int64_t at = column + j * kLanes;
     const Floats factor = Op::factor(p, example, at);
-    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+    const Floats bias = bias_at(p.epilogue, at);
     for (int i = 0; i < MR; ++i) store(p.y + (pixel + i) * p.window.o + at, silu(Op::value(held[j * MR + i], factor, bias)));
   }
 }
@@ -177,7 +177,7 @@ __attribute__((always_inline)) inline void write_bounded(const Convolution& p, c
                                                          int64_t pixel, int64_t column) {
   constexpr int i = AT % MR, j = AT / MR;
   const int64_t at = column + j * kLanes, left = p.window.o - at;
-  const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + at) : Floats{};
+  const Floats bias = bias_at(p.epilogue, at);
   const Floats value = bounds(Op::value(sums[i][j], Op::factor(p, rows.example[i], at), bias));
   float* const to = p.y + (pixel + i) * p.window.o + at;
   if (left >= kLanes)

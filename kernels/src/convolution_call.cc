@@ -22,13 +22,16 @@ constexpr double kDepthwise = 1 << 20, kFewer = 8;
 // Values of a part that are only moved or compared, and fewer than are worth waking another thread for.
 constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 18;
 
+// Multiplications that are worth sharing now, if so many are worth waking another thread for.
+double worth(double products) { return others_are_awake() ? products / kFewer : products; }
+
 // Cuts the rows of the result of a depthwise convolution into parts: `work(row, row_end)`.
 template <typename Work>
 void by_rows(ffi::ThreadPool& pool, const Window& w, const Work& work) {
   const int64_t threads = std::max<int64_t>(1, pool.num_threads()), all = w.n * w.out_h;
   const double products = static_cast<double>(w.pixels()) * w.c * w.k_h * w.k_w;
   const int64_t some = std::max<int64_t>(1, (all + 4 * threads - 1) / (4 * threads));
-  run(pool, products >= (others_are_awake() ? kDepthwise / kFewer : kDepthwise), (all + some - 1) / some,
+  run(pool, products >= worth(kDepthwise), (all + some - 1) / some,
       [&](int64_t part) { work(part * some, std::min(all, part * some + some)); });
 }
 
@@ -41,8 +44,7 @@ void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, bool cod
   const Window& w = p.window;
   const int64_t pixels = w.pixels(), threads = std::max<int64_t>(1, pool.num_threads());
   const double products = static_cast<double>(pixels) * w.terms() * w.o;
-  const double worth = (codes ? variant.code_products : variant.float_products) / (others_are_awake() ? kFewer : 1);
-  if (products < worth || threads == 1) {
+  if (products < worth(codes ? variant.code_products : variant.float_products) || threads == 1) {
     prepare(0, pixels);
     return part(p, 0, pixels, 0, p.stride);
   }

@@ -7,6 +7,11 @@
 
 namespace lepton::VARIANT {
 
+// The bias of the vector of columns from `column` on; zeros if there is none.
+__attribute__((always_inline)) inline Floats bias_at(const ConvolutionEpilogue& epilogue, int64_t column) {
+  return epilogue.bias != nullptr ? load(epilogue.bias + column) : Floats{};
+}
+
 // e^x, as Cephes computes it: to 2 units in the last place.
 #if defined(__AVX512F__)
 inline Floats exponential(Floats given) {

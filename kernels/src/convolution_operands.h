@@ -76,7 +76,7 @@ inline ffi::Error window_of(Geometry geometry, ffi::Span<const int64_t> x, ffi::
 
 // `residual` may be null.
 inline ffi::Error epilogue_of(ffi::BufferR1<ffi::F32>& bias, ffi::AnyBuffer* residual, Geometry activation,
-                       ffi::Span<const float> bounds, ffi::Span<const int64_t> y, ConvolutionEpilogue& e) {
+                              ffi::Span<const float> bounds, ffi::Span<const int64_t> y, ConvolutionEpilogue& e) {
   if (activation.size() != 2 || activation[0] < 0 || activation[0] > 2 || bounds.size() != 2)
     return ffi::Error::InvalidArgument("convolution: unknown activation");
   const int64_t o = y[3], bias_size = bias.dimensions()[0], size = y[0] * y[1] * y[2] * o;

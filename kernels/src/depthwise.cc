@@ -135,7 +135,7 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
     const int64_t at = c + v * kLanes;
     const int count = kWhole ? kLanes : static_cast<int>(apart - at);
     const Floats factor = row_scale * load(p.scale + at);
-    const Floats bias = finish.e.bias != nullptr ? load(finish.e.bias + at) : Floats{};
+    const Floats bias = bias_at(finish.e, at);
 #pragma GCC unroll 4
     for (int i = 0; i < P; ++i) {
       const Floats value = as_floats(sums[i][v]) * factor + bias;

@@ -47,7 +47,7 @@ void one(const Convolution& p, const Ending& ending, const float* x, int64_t at,
   const int64_t row_pitch = w.dilation_h * w.w * w.c, column_pitch = w.dilation_w * w.c;
   for (; c < w.c; c += kLanes) {
     const int count = static_cast<int>(w.c - c < kLanes ? w.c - c : kLanes);
-    Floats sum = p.epilogue.bias != nullptr ? load(p.epilogue.bias + c) : Floats{};
+    Floats sum = bias_at(p.epilogue, c);
     for (int64_t kh = first_h; kh < end_h; ++kh) {
       const float* from = x + kh * row_pitch + c + first_w * column_pitch;
       const float* weights = static_cast<const float*>(p.weights) + (kh * w.k_w + first_w) * p.stride + c;
@@ -67,7 +67,7 @@ void some(const Convolution& p, const Ending& ending, const float* x, int64_t at
   const float* const first = x + first_h * row_pitch;
   int64_t c = 0;
   for (; c + kLanes <= channels; c += kLanes) {
-    const Floats bias = p.epilogue.bias != nullptr ? load(p.epilogue.bias + c) : Floats{};
+    const Floats bias = bias_at(p.epilogue, c);
     Floats sums[P];
 #pragma GCC unroll 8
     for (int i = 0; i < P; ++i) sums[i] = bias;

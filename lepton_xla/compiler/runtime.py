@@ -80,15 +80,12 @@ class Runtime:
         return self._kept.nbytes
 
     @property
-    def count(self) -> int:
-        """Number of executables."""
-        return len(self._executables)
-
-    @property
     def code_bytes(self) -> int:
         """An estimate of its loaded code's bytes: of code that four run, a quarter each."""
-        own = max(self.count - len(self._code), 0) * _EXECUTABLE_BYTES
-        return own + sum((each.nbytes + _EXECUTABLE_BYTES) // max(len(each.users), 1) for each in self._code)
+        shared = {id(each.loaded) for each in self._code}
+        own = sum(id(loaded) not in shared for _, loaded in self._executables)
+        parts = sum((each.nbytes + _EXECUTABLE_BYTES) // max(len(each.users), 1) for each in self._code)
+        return own * _EXECUTABLE_BYTES + parts
 
     def sharing(self, weights: Sequence[jax.Array]) -> Runtime:
         """A runtime with the same executables and other weights of equal shapes and dtypes."""

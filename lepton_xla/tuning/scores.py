@@ -152,10 +152,12 @@ def _squares(
 
     # Which elements of a weight remain where a choice rounds activations and sets others to zero.
     kept = {
-        (name, f"{_KEPT} {index}"): _operand(site, stored[choice.name][str(site.path)]) != 0
+        name: {
+            (name, f"{_KEPT} {index}"): _operand(site, stored[choice.name][str(site.path)]) != 0
+            for index, choice in enumerate(groups[group_of[name]].choices)
+            if choice.sparsity and by_product(name, choice)
+        }
         for name, site in sites.items()
-        for index, choice in enumerate(groups[group_of[name]].choices)
-        if choice.sparsity and by_product(name, choice)
     }
 
     def changed(factors: Sequence[jax.Array], moves: Mapping[str, jax.Array]) -> list[jax.Array]:
@@ -167,7 +169,7 @@ def _squares(
                 factor, (*step_lengths(site, stored_like(site, weights).shape), *factor.shape)
             )
             own[name, _CHANGE] = moves[name]
-            own.update({key: mask for key, mask in kept.items() if key[0] == name})
+            own.update(kept[name])
 
         def rule(site: Site, context: Context, eqn: Any, values: Values) -> Values | None:
             if site.name not in sites or site.weight_operand is None:
@@ -182,9 +184,9 @@ def _squares(
                 if entry is None or not by_product(site.name, choice):
                     continue
                 (plain,) = context.bind(eqn, held)
-                chosen = list(held)
-                if (site.name, f"{_KEPT} {index}") in given:
-                    chosen[side] = jnp.where(given[site.name, f"{_KEPT} {index}"], held[side], 0)
+                chosen, mask = list(held), given.get((site.name, f"{_KEPT} {index}"))
+                if mask is not None:
+                    chosen[side] = jnp.where(mask, held[side], 0)
                 (other,) = rounded_alone(entry, site, context, eqn)(*chosen)
                 change = jax.lax.stop_gradient(other.astype(plain.dtype) - plain)
                 out = out + given[site.name, _FACTORS][index].astype(out.dtype) * change

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
 from lepton_xla.passes.alternatives import attending, expanding, fusing, norming
-from lepton_xla.passes.alternatives.choices import KERNEL, XLA, Choices, Timing, kind_of, ways
+from lepton_xla.passes.alternatives.choices import CONVOLUTION, KERNEL, XLA, Choices, Timing, kind_of, ways
 from lepton_xla.passes.core.layouts import Step
 from lepton_xla.passes.core.sites import Site, trace_sites
 from lepton_xla.passes.core.spreading import is_spread
@@ -106,9 +106,7 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
         say: called with a line before each measurement.
         timer: times calls.
     """
-    fn, weights = program.fn, abstract(program.weights)
-    if program.expansion is not None:
-        fn, weights = program.expansion.fn, jax.eval_shape(program.expansion.expand, program.weights)
+    fn, weights = _as_loaded(program)
     timings: dict[Any, list[Timing]] = {}
     spread = any(is_spread(leaf) for leaf in jax.tree.leaves(program.weights))  # XLA does not cut what a kernel does
     # A single row occurs at the smallest size. A program without candidates there needs no further traces.
@@ -299,22 +297,28 @@ def _keep(
     return choices.only(kept), reasons, whole
 
 
+def _as_loaded(program: Program) -> tuple[Callable[..., Any], Any]:
+    """A program's function and abstract weights, as an artifact runs it."""
+    if program.expansion is None:
+        return program.fn, abstract(program.weights)
+    return program.expansion.fn, jax.eval_shape(program.expansion.expand, program.weights)
+
+
 def _with_all(
     program: Program, choices: Choices, sizes: Sequence[Mapping[str, int]], say: Callable[[str], None], timer: Timer
 ) -> tuple[Choices, list[dict[str, Any]]]:
     """All convolutions by kernels, if the whole program is faster with them at every size, and the times."""
     whole: list[dict[str, Any]] = []
     best, least = choices, 1.0
-    fn, weights = (program.fn, program.weights) if program.expansion is None else (program.expansion.fn, None)
-    if weights is None:
-        assert program.expansion is not None
-        weights = jax.eval_shape(program.expansion.expand, program.weights)
+    if CONVOLUTION not in choices.together(joined=False).primitives:
+        return choices, whole
+    fn, weights = _as_loaded(program)
     for joined in (True, False):
         all_of_them = choices.together(joined=joined)
         if all_of_them.way == choices.way and not joined:
             break
         if joined:
-            made = jax.make_jaxpr(all_of_them.apply(fn))(abstract(weights), *program.abstract_inputs(sizes[0]))
+            made = jax.make_jaxpr(all_of_them.apply(fn))(weights, *program.abstract_inputs(sizes[0]))
             if not expanding.joins(made):
                 continue
         try:

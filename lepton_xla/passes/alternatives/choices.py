@@ -20,7 +20,8 @@ XLA = "XLA's own"
 KERNEL = "a kernel"
 # Kernels that take longer alone, compared with XLA's own, are not tried together with others.
 TOGETHER_RATIO = 1.5
-_PRIMITIVES = ("conv_general_dilated", "dot_general")
+CONVOLUTION = "conv_general_dilated"
+_PRIMITIVES = (CONVOLUTION, "dot_general")
 
 
 def ways(eqn: Any, *, transposed: bool = False) -> dict[str, Callable[..., jax.Array]]:
@@ -101,7 +102,7 @@ class Choices:
 
         def may(kind: Any) -> bool:
             shares = [timing.share(KERNEL) for timing in self.timings.get(kind, ())]
-            return kind[0] == "conv_general_dilated" and bool(shares) and max(shares) < TOGETHER_RATIO
+            return kind[0] == CONVOLUTION and bool(shares) and max(shares) < TOGETHER_RATIO
 
         way = {kind: KERNEL if may(kind) else way for kind, way in self.way.items()}
         return dataclasses.replace(self, way=way, joined=joined)

@@ -221,12 +221,14 @@ class Memory:
         return found
 
     def _count_requests(self) -> None:
+        """Counts what was answered since it was last counted; of a version that is new, nothing yet."""
         more: collections.Counter[str] = collections.Counter()
         for each in self._models:
-            done, before = each.requests, self._counted.get(each)
-            if before is None or not before - 1 <= done <= before:  # fewer where a worker has begun again
+            done = each.requests
+            before = self._counted.get(each, done)
+            if done != before - 1:  # else `_count_load` has counted a request that is not answered yet
                 self._counted[each] = done
-                more[each.name] += 0 if before is None else max(done - before, 0)
+            more[each.name] += max(done - before, 0)  # it has answered fewer where a worker has begun again
         self._popularity.note(more, len(self._counted))
 
     def _count_load(self, name: str, handles: Sequence[Version]) -> None:
