@@ -278,25 +278,28 @@ def tune(
         )
     if not as_json:  # before anything that takes long, or may fail
         _print(target, found)
-    with _common.progress() as step:
-        if output is not None and found.best is not None:
-            text = found.best.recipe
-            _common.write(output, lambda: pathlib.Path(output).write_text(text, encoding="utf-8"))
-        if points is not None:
-            _common.write(points, lambda: _write_points(pathlib.Path(points), found))
-        if report is not None:
-            _common.write(report, lambda: pathlib.Path(report).write_text(page(target, found), encoding="utf-8"))
-        if artifact is not None and found.best is not None:
-            step(f"build {found.best.name} again")
-            made = _compiled(spec, found, sizes, name, step)
-            made.save(artifact, overwrite=overwrite)
-            if key is not None:
-                compiler.sign(artifact, key=key)
-        served = None if cheapest is None else cheapest(program, found, step)
-    if as_json:
-        more = {} if served is None else {"deployments": dataclasses.asdict(served)}
-        _common.print_json({"target": target, **found.to_json(), **more})
-    elif served is not None and slo is not None:
+    served = None
+    try:
+        with _common.progress() as step:
+            if output is not None and found.best is not None:
+                text = found.best.recipe
+                _common.write(output, lambda: pathlib.Path(output).write_text(text, encoding="utf-8"))
+            if points is not None:
+                _common.write(points, lambda: _write_points(pathlib.Path(points), found))
+            if report is not None:
+                _common.write(report, lambda: pathlib.Path(report).write_text(page(target, found), encoding="utf-8"))
+            if artifact is not None and found.best is not None:
+                step(f"build {found.best.name} again")
+                made = _compiled(spec, found, sizes, name, step)
+                made.save(artifact, overwrite=overwrite)
+                if key is not None:
+                    compiler.sign(artifact, key=key)
+            served = None if cheapest is None else cheapest(program, found, step)
+    finally:  # one document: with all that there is, also where something has failed
+        if as_json:
+            more = {} if served is None else {"deployments": dataclasses.asdict(served)}
+            _common.print_json({"target": target, **found.to_json(), **more})
+    if served is not None and slo is not None and not as_json:
         _print_served(served, slo)
     if found.best is None:
         why = next((f": {trial.failure}" for trial in found.trials if trial.failure), "")

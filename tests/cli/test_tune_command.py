@@ -75,12 +75,15 @@ def test_the_best_is_printed_and_written(cli, classifier, tmp_path):
     assert "the best" in text
     assert "All trials were spent." in text
     assert json.loads(journal.read_text().splitlines()[0])["identity"]["metric"] == "accuracy"
-    full = cli(
-        "tune", f"{classifier}:model", "--max-drop", 4, "--objective", "bytes", *QUICK, *files[:2], "-o", "/dev/full"
-    )
-    assert full.exit_code == 2
-    assert "/dev/full cannot be written" in full.stderr
-    assert "The best is int8" in full.stdout  # what was found is shown all the same
+    asked = ("tune", f"{classifier}:model", "--max-drop", 4, "--objective", "bytes", *QUICK, *files[:2])
+    for more in ((), ("--json",)):
+        full = cli(*asked, "-o", "/dev/full", *more)
+        assert full.exit_code == 2
+        assert "/dev/full cannot be written" in full.stderr
+        if more:  # what was found is shown all the same
+            assert json.loads(full.stdout)["best"]["name"] == "int8"
+        else:
+            assert "The best is int8" in full.stdout
 
 
 def test_constraints_that_nothing_keeps_to_end_with_one_line(cli, classifier):
