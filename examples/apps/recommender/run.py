@@ -124,7 +124,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--ablation", action="store_true", help="also train without each part, once")
     parser.add_argument("--quick", action="store_true", help="made-up films, one seed, few epochs")
     given = parser.parse_args(arguments)
-    began = time.perf_counter()
     folder = reports.folder() / "recommender"
     folder.mkdir(parents=True, exist_ok=True)
     seeds, epochs = (1, min(given.epochs, 8)) if given.quick else (given.seeds, given.epochs)
@@ -188,7 +187,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     figures = {
         **rows["tuned (served)"], **lived, "data": films.source, "titles": "titles" in own.features, "seeds": seeds,
         "epochs": epochs, "kinds": rows, "runs": each, "steps": steps, "recipe": tuned["best"]["recipe"],
-        "seconds": time.perf_counter() - began,
     }  # fmt: skip
     reports.write("recommender", figures, AIMS, _page(figures, plan, folder))
     # These trainings take longest and bring least, so all else is there before.

@@ -230,7 +230,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if given.quick:
         steps, seconds, seeds = steps or 150, min(seconds, 2.0), 1
     (folder / "settings.json").write_text(json.dumps({"steps": steps, "quick": given.quick}))
-    began = time.perf_counter()
     setting = targets.setting()
     setting.trained(0)
     setting.trained_before()  # here, and not in each of the commands that ask for it
@@ -260,7 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     figures |= {
         "questions": setting.task.source, "strangers": setting.task.strangers_from, "seeds": seeds,
         "minilm": words.minilm() is not None, "questions_per_s": QUESTIONS_PER_S, "recipe": tuned["best"]["recipe"],
-        "seconds": time.perf_counter() - began,
     }  # fmt: skip
     print(
         f"service, {setting.task.source}; strangers of {setting.task.strangers_from}; {QUESTIONS_PER_S:g} questions/s:"
