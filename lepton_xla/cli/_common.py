@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -15,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from lepton_xla.cli.tables import Table, printable
 from lepton_xla.cli.tables import show as show
@@ -66,7 +68,13 @@ _output_option = click.option("-o", "--output", metavar="PATH", help="The artifa
 
 def artifact_options[**P, R](command: Callable[P, R]) -> Callable[P, R]:
     """The options of a command that trains, and can write what it trained: --buckets, -o, --overwrite."""
-    return buckets_option(_output_option(overwrite_option(command)))
+
+    @functools.wraps(command)
+    def checked(*values: P.args, **options: P.kwargs) -> R:
+        check_goes_with("output", "overwrite", "buckets")
+        return command(*values, **options)
+
+    return buckets_option(_output_option(overwrite_option(checked)))
 
 
 golden_option = click.option(
@@ -87,6 +95,31 @@ rules_option = click.option(
     help="Partition rules: which axes of the mesh cut which weights. By default those that the model's own axis names "
     "give; every other weight is whole on each device.",
 )
+
+
+def check_goes_with(owner: str, *names: str) -> None:
+    """Refuse options of the running command that say nothing without another one.
+
+    Args:
+        owner: the parameter of the option that they are about.
+        names: their parameters.
+
+    Raises:
+        UsageError: if one of them was given and `owner` was not.
+    """
+    context = click.get_current_context()
+    options = {option.name: option for option in context.command.params}
+
+    def flag(name: str) -> str:
+        option = options[name]
+        return (option.secondary_opts if context.params[name] is False else option.opts)[-1]
+
+    if context.get_parameter_source(owner) is not ParameterSource.DEFAULT:
+        return
+    if alone := [flag(name) for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]:
+        raise click.UsageError(
+            f"{' and '.join(alone)} without {options[owner].opts[-1]} changes nothing; give that too"
+        )
 
 
 def parse_buckets(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

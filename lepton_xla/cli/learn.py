@@ -117,8 +117,8 @@ def learn(
         raise click.UsageError("--every is for rounds one after another; give --loop too")
     if server is not None and output is not None:
         raise click.UsageError("give --server to push the result, or --output to keep it")
-    if server is None and (direct or rollout is not None):
-        raise click.UsageError("--direct and --rollout are for a server; give --server too")
+    _common.check_goes_with("server", "direct", "rollout", "token_file", "tls_ca")
+    _common.check_goes_with("output", "overwrite")
     if output is not None:
         _common.check_free(output, overwrite=overwrite)
     _common.check_folder(plot)

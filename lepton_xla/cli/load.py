@@ -142,14 +142,13 @@ def load(
     Works with any server of the Open Inference Protocol v2 that supports binary tensors. Ctrl-C ends a run early. Exit
     code 0 if every request succeeded, 1 if any failed, 2 if nothing could be measured.
     """
+    _common.check_goes_with("generate", "prompts")
     if generate is not None:
         if rates is not None or plot is not None or sources:
             raise LeptonError("--generate goes with --connections, and neither with --rate, --plot nor --input")
         texts = _prompts(prompts) if prompts is not None else []
         _generate(url, model, generate, connections or (1,), seconds, warmup, timeout, sizes, texts, as_json, access)
         return
-    if prompts is not None:
-        raise LeptonError("--prompts goes with --generate")
     figure = _common.figure() if plot is not None else None
     _common.check_folder(plot)
     with _common.progress() as step:

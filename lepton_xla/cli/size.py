@@ -76,8 +76,7 @@ def size(
       leptonx size lm.py:training --topology h100:8 --compute-dtype bfloat16 --batch 64 --accumulate 4
       leptonx size lm.py:training --topology v6e:8x8 --recipe int8 --no-largest --json
     """
-    if (settings or exclude) and recipe is None:
-        raise click.UsageError("--set and --exclude change a recipe; give --recipe too")
+    _common.check_goes_with("recipe", "settings", "exclude")
     with _common.progress() as step:
         step("load JAX")
         from lepton_xla import train as training

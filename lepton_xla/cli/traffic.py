@@ -55,6 +55,7 @@ def set_shares(
     as_json: bool,
 ) -> None:
     """Share the requests for the model NAME among versions or labels, such as stable=0.95 canary=0.05."""
+    _common.check_goes_with("bandit", "promote")
     wanted: dict[str, Any] = {"shares": _parsed(shares)}
     if sticky:
         wanted["sticky"] = sticky
@@ -63,8 +64,6 @@ def set_shares(
         wanted["shadow"] = {"to": to, "fraction": _number(shadow, fraction) if given else 1.0}
     if bandit:
         wanted["bandit"] = {"promote": promote}
-    elif promote:
-        raise click.UsageError("--promote needs --bandit; for a new version see leptonx rollout")
     if not shares and shadow is None:
         raise click.UsageError("give shares, such as stable=0.95 canary=0.05, or --shadow VERSION")
     _show(_traffic.changed(repository, name, wanted), as_json)

@@ -79,12 +79,8 @@ def train(
     given = _common.parse_buckets(buckets)
     if output is not None:
         _common.check_free(output, overwrite=overwrite)
-    if (settings or exclude) and recipe is None:
-        raise click.UsageError("--set and --exclude change a recipe; give --recipe too")
-    if every is not None and checkpoint is None:
-        raise click.UsageError("--every is for checkpoints; give --checkpoint too")
-    if not resume and checkpoint is None:
-        raise click.UsageError("--no-resume is for checkpoints; give --checkpoint too")
+    _common.check_goes_with("recipe", "settings", "exclude")
+    _common.check_goes_with("checkpoint", "every", "resume")
 
     from lepton_xla import launch
     from lepton_xla import train as training

@@ -207,12 +207,10 @@ def tune(
     given = _common.parse_buckets(buckets)
     if (slo is None) != (rate is None) or (slo is None) != (prices is None):
         raise click.UsageError("--slo, --rate and --prices belong together")
-    if storage is not None and train is None:
-        raise click.UsageError("--storage is where trained candidates are kept; give --train too")
-    if new_journal and journal is None:
-        raise click.UsageError("--new-journal is about the file of --journal; give that too")
-    if key is not None and artifact is None:
-        raise click.UsageError("--key signs the artifact; give --artifact too")
+    _common.check_goes_with("train", "storage", "trainings")
+    _common.check_goes_with("journal", "new_journal")
+    _common.check_goes_with("artifact", "key", "overwrite")
+    _common.check_goes_with("slo", "targets")
     if artifact is not None:
         _common.check_free(artifact, overwrite=overwrite)
     for path in (output, report, journal):

@@ -172,6 +172,7 @@ def push(
       leptonx weights push MODELS new.lepton
       leptonx weights push new.lepton --to http://127.0.0.1:8000 --alpha 0.2 --steps 5 --every 10s --max-drop 0.01
     """
+    _common.check_goes_with("alpha", "steps", "every", "max_drop", "nearest")
     if (artifact is None) == (url is None):
         raise click.UsageError("give MODELS and ARTIFACT, or ARTIFACT and --to URL")
     place, source = (models, artifact) if artifact is not None else (url or "", models)
@@ -179,8 +180,6 @@ def push(
     asked = {key: value for key, value in asked.items() if value is not None}
     repository = _repositories.opened(place, token_file, tls_ca)
     if alpha is None:
-        if asked or nearest:
-            raise click.UsageError("--steps, --every, --max-drop and --nearest need --alpha")
         _repositories.push(
             repository, source, name=name, version=version, label=label, as_json=as_json, only_weights=True
         )

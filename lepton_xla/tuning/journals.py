@@ -35,7 +35,8 @@ class Journal:
         Args:
             path: the file; None keeps everything in memory.
             identity: what its results hold for, JSON; a journal of anything else is refused.
-            begin_anew: whether a journal of anything else is put aside instead, as `PATH.old`, and a new one begun.
+            begin_anew: whether a journal of anything else is put aside instead, as `PATH.old` or, if there is one,
+                `PATH.old2` and so on, and a new one begun.
 
         Raises:
             TuningError: if it belongs to another model, other data or another seed, or cannot be read or written.
@@ -119,7 +120,11 @@ class Journal:
     def _put_aside(self) -> None:
         assert self._path is not None
         try:
-            self._path.replace(f"{self._path}.old")
+            number, aside = 1, pathlib.Path(f"{self._path}.old")
+            while aside.exists():  # what was put aside before stays too
+                number += 1
+                aside = pathlib.Path(f"{self._path}.old{number}")
+            self._path.replace(aside)
         except OSError as error:
             raise TuningError(f"{self._path}: the journal cannot be put aside: {error.strerror}") from error
 

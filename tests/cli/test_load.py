@@ -150,7 +150,7 @@ def test_sizes_of_dimensions_that_vary(cli):
         (["--token-file", "nothing"], "token file 'nothing' cannot be read"),
         (["--tls-ca", "ca.pem"], "not https"),
         (["--plot", "no/folder.svg"], "the folder"),
-        (["--prompts", "w.json"], "goes with --generate"),
+        (["--prompts", "w.json"], "--prompts without --generate"),
         (["--generate", "2", "--prompts", "nothing"], "--prompts nothing: No such file"),
         (["--generate", "2", "--prompts", "empty"], "no line with a prompt"),
         (["--generate", "2", "--prompts", "latin"], "--prompts latin: 'utf-8' codec"),

@@ -99,7 +99,7 @@ def test_this_machine(cli, target):
         (["--topology", "v5e:1x2", "--rules", "none.toml"], "none.toml"),
         (["--rules", "none.toml"], "none.toml"),
         (["--rules", "{folder}/rules.toml"], "give mesh or topology too"),
-        (["--set", "fold=false"], "give --recipe too"),
+        (["--set", "fold=false"], "--set without --recipe changes nothing"),
         (["--memory", "0"], "--memory"),
         (["--batch", "0"], "--batch"),
         (["--recipe", "no-such"], "no-such"),

@@ -182,7 +182,12 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
     ("more", "said"),
     [
         (("--slo", "p99=1s"), "--slo, --rate and --prices belong together"),
-        (("--key", "a.key"), "--key signs the artifact"),
+        (("--key", "a.key"), "--key without --artifact changes nothing; give that too"),
+        (("--trainings", 5), "--trainings without --train"),
+        (("--trainings", 5, "--storage", "a.db"), "--storage and --trainings without --train"),
+        (("--overwrite",), "--overwrite without --artifact"),
+        (("--targets", "cpu"), "--targets without --slo"),
+        (("--new-journal",), "--new-journal without --journal"),
         (("--artifact", "my model.lepton"), "model name 'my model'"),
         (("--artifact", "a.lepton", "--key", "absent.key"), "absent.key"),
         (("--report", "."), ". is a folder; give a file"),
@@ -191,7 +196,6 @@ def test_the_artifact_has_a_certificate_that_its_signature_signs(cli, classifier
             ("--slo", "p99=1s", "--rate", 1, "--prices", "PRICES", "--targets", "v5x:1x1"),
             "topology 'v5x:1x1': expected",
         ),
-        (("--storage", "study.db"), "--storage is where trained candidates are kept; give --train too"),
         (("--slo", "fast", "--rate", 1, "--prices", "p.toml"), "such as p99=20ms"),
     ],
 )

@@ -93,7 +93,7 @@ def test_what_cannot_be_adjusted_is_refused_before_anything_is_sent(cli, tmp_pat
         (("--alpha", 0.5), "needs a running server"),
         (("--alpha", 0.5, "--every", "soon"), "--every 'soon'"),
         (("--alpha", 0.5, "--promote", "stable"), "makes versions of its own"),
-        (("--steps", 3), "need --alpha"),
+        (("--steps", 3), "--steps without --alpha changes nothing"),
     ):
         assert said in cli.refused("weights", "push", tmp_path, "new.lepton", *flags)
     assert "give MODELS and ARTIFACT, or ARTIFACT and --to URL" in cli.refused("weights", "push", "new.lepton")

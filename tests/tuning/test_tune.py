@@ -226,6 +226,10 @@ def test_a_journal_of_another_model_is_refused(smallest, tmp_path):
         again.once("scores", lambda: 1) == searching.Journal(path, {"model": "b"}, begin_anew=True).get("scores") == 1
     )
     assert path.with_name("journal.jsonl.old").read_text() == text
+    searching.Journal(path, {"model": "c"}, begin_anew=True)
+    searching.Journal(path, {"model": "d"}, begin_anew=True)
+    assert path.with_name("journal.jsonl.old").read_text() == text  # what was put aside stays
+    assert '"model": "c"' in path.with_name("journal.jsonl.old3").read_text()
     path.write_text(text)
     with pytest.raises(TuningError, match=r"differs in version of lepton_xla; give another journal, or --new-journal"):
         searching.Journal(path, json.loads(text.partition("\n")[0])["identity"] | {"format": 0})
