@@ -2,6 +2,8 @@
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo build/tools/bin/uv)
 RUN := .venv/bin
+# Where the environment has it set, each process that a test starts would compile all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup kernels demo apps docs release check-release test test-all test-oldest test-memory lint bench clean
 
