@@ -79,6 +79,9 @@ def probe() -> None:
     import numpy as np
 
     tell(jax=jax.__version__)
+    specs = [spec for module in list(sys.modules.values()) if (spec := getattr(module, "__spec__", None))]
+    cached = [spec.cached for spec in specs if spec.cached]
+    tell(modules=len(cached), byte_code=sum(map(os.path.exists, cached)))  # the import has written what it may
     try:
         import flax
 
@@ -163,6 +166,16 @@ def _jax(facts: Mapping[str, Any]) -> Finding:
     return Finding("jax starts", "ok", f"jax {facts['jax']} imports")
 
 
+def _byte_code(facts: Mapping[str, Any]) -> Finding:
+    total, missing = facts["modules"], facts["modules"] - facts["byte_code"]
+    if 10 * missing <= total:
+        return Finding("byte code", "ok", f"{total - missing} of {total} modules that JAX imports have theirs")
+    found = f"{missing} of {total} modules that JAX imports have none, so each start compiles them"
+    where = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else "their folder cannot be written"
+    advice = f"{where}: run python -m compileall on it once, or install with uv's --compile-bytecode"
+    return Finding("byte code", "note", found, advice)
+
+
 def _flax(facts: Mapping[str, Any]) -> Finding:
     name = "flax and jax"
     if facts["flax"]:
@@ -209,6 +222,7 @@ def _computes(facts: Mapping[str, Any]) -> Finding:
 # By name: the check, whose fact has the same name as it.
 _PROBED: dict[str, Callable[[Mapping[str, Any]], Finding]] = {
     "jax": _jax,
+    "byte_code": _byte_code,
     "flax": _flax,
     "kernels": _kernels,
     "devices": _devices,

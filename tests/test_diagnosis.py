@@ -15,6 +15,8 @@ from lepton_xla.requirements import Requirement
 WELL = {
     "failure": "",
     "jax": "0.12.0",
+    "modules": 1000,
+    "byte_code": 990,
     "flax": "0.12.12",
     "kernels": "0.1.0",
     "problem": "",
@@ -53,6 +55,7 @@ def test_nothing_is_found_where_nothing_is_wrong(examined):
     [
         ({"flax": None, "flax_error": "AttributeError: jax.x"}, "flax and jax", "fault", "jax.x", "flax 0.12.12"),
         ({"flax": None, "flax_error": ""}, "flax and jax", "note", "not installed", "lepton-xla[flax]"),
+        ({"byte_code": 200}, "byte code", "note", "800 of 1000", "compileall"),
         ({"kernels": None}, "kernels", "note", "not installed", "make kernels"),
         ({"problem": "has interface 9"}, "kernels", "fault", "has interface 9", "build them again"),
         ({"off": True}, "kernels", "note", "switched off", "LEPTON_KERNELS"),
