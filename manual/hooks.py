@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -35,6 +36,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     text = repository.linked(markdown, page.file.src_uri, ROOT)
     _shown[page.file.src_uri] = text
     return text
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Make the corner of a table an empty cell, where Markdown makes a heading that says nothing."""
+    return re.sub(r"<th\b([^>]*)></th>", r"<td\1></td>", html)
 
 
 def on_post_build(config: MkDocsConfig) -> None:

@@ -366,6 +366,6 @@ def round_line(done: RoundReport) -> str:
     figures = [f"{name} {value:.4g}" for name, value in done.metrics.items()]
     figures += [f"evaluation {name} {value:.4g}" for name, value in done.evaluation.items()]
     spent = [] if done.epsilon is None else [f"epsilon {done.epsilon:.3g}"]
-    refused = [f"{len(done.refused)} refused"] if done.refused else []
+    refused = [f"{len(done.refused)} refused ({next(iter(done.refused.values()))})"] if done.refused else []
     parts = [f"{done.clients} clients", *refused, *figures, f"{_common.size(done.bytes_up)} sent", *spent]
     return f"round {done.round}: {', '.join(parts)}"

@@ -118,7 +118,7 @@ class Mean:
             or not isinstance(rows, int | np.integer)
             or not 1 <= rows <= self._settings.most_rows * clients
         ):
-            raise FederatedError(f"it says it has {rows!r} rows; expected 1 to {self._settings.most_rows}")
+            raise FederatedError(f"it says it has {str(rows)[:80]} rows; expected 1 to {self._settings.most_rows}")
         values = np.asarray(vector, np.float64)
         if values.shape != self._sum.shape:
             raise FederatedError(f"the update has the shape {list(values.shape)}; expected {list(self._sum.shape)}")

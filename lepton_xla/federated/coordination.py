@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,9 @@ type Ask = Callable[[int, np.ndarray], Iterable[tuple[str, Answer | str]]]
 
 # Rounds in a row without enough good updates, after which the training ends.
 _FAILURES = 3
+# Of a client's metrics: how many, and how long a name may be.
+_MOST_METRICS, _MOST_NAME = 64, 64
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Coordinator:
@@ -119,13 +123,14 @@ class Coordinator:
             self._taken[name] = self._taken.get(name, 0) + 1
             try:
                 client.codec.check(answer.update)
+                _check_metrics(answer.metrics)
                 sent += client.codec.size_bytes if answer.size_bytes is None else answer.size_bytes
                 mean.add(name, np.asarray(client.codec.decode(answer.update)), answer.rows, answer.clients)
             except FederatedError as error:
                 refused[name] = str(error)
                 continue
             for metric, value in answer.metrics.items():
-                sums[metric] = sums.get(metric, 0.0) + float(value) * answer.rows
+                sums[metric] = sums.get(metric, 0.0) + value * answer.rows
         moved = mean.result()
         if moved is None:
             self._state = ServerState(self._state.round + 1, self._state.weights, self._state.first, self._state.second)
@@ -155,3 +160,18 @@ class Coordinator:
         if found is not None:
             self._state, self._reports, taken, _ = found
             self._taken = dict(taken)
+
+
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Check metrics that came from elsewhere: they go into means, reports and checkpoints.
+
+    Raises:
+        FederatedError: if they are too many, or one has a name that nobody would print or is no float32 number.
+    """
+    if len(metrics) > _MOST_METRICS:
+        raise FederatedError(f"it sent {len(metrics)} metrics; expected at most {_MOST_METRICS}")
+    for name, value in metrics.items():
+        if len(name) > _MOST_NAME or not name.isprintable():
+            raise FederatedError(f"it sent a metric named {name[:_MOST_NAME]!r}")
+        if not isinstance(value, int | float) or not abs(value) <= _LARGEST:  # nor NaN
+            raise FederatedError(f"its metric {name!r} is {str(value)[:_MOST_NAME]}, which is no float32 number")

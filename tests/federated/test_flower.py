@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.federated import Federation, simulate
 from lepton_xla.federated.coordination import Coordinator
+from lepton_xla.federated.flower import messages
 from lepton_xla.federated.flower.processes import tls_of_server
 from lepton_xla.federated.members import Answer, Member
 from lepton_xla.train.checkpoints import CheckpointFolder, Checkpoints
@@ -99,6 +101,13 @@ def good(value=1.0):
         (Answer({"values": np.zeros(16, np.float32)}, 10, {}), r"float32[16]; expected float32[15]"),
         (Answer({"values": np.zeros(15, np.float32), "more": np.zeros(1)}, 10, {}), "not asked for"),
         (Answer({"values": np.zeros(15, np.float32)}, 10**12, {}), "1000000000000 rows"),
+        (Answer({"values": np.zeros(15, np.float32)}, float("inf"), {}), "inf rows"),
+        (Answer({"values": np.zeros(15, np.float32)}, [10], {}), "[10] rows"),
+        (Answer({"values": np.zeros(15, np.float32)}, 10, {"loss": np.nan}), "'loss' is nan"),
+        (Answer({"values": np.zeros(15, np.float32)}, 10, {"loss": 1e300}), "'loss' is 1e+300"),
+        (Answer({"values": np.zeros(15, np.float32)}, 10, {"loss": [1.0]}), "'loss' is [1.0]"),
+        (Answer({"values": np.zeros(15, np.float32)}, 10, {"\x1b[2J": 1.0}), "a metric named"),
+        (Answer({"values": np.zeros(15, np.float32)}, 10, dict.fromkeys(map(str, range(65)), 1.0)), "65 metrics"),
     ],
 )
 def test_a_client_that_does_wrong_is_left_out_and_named(bad, reason):
@@ -110,6 +119,43 @@ def test_a_client_that_does_wrong_is_left_out_and_named(bad, reason):
     )
     assert list(result.rounds[0].refused) == ["bad"]
     assert reason in result.rounds[0].refused["bad"]
+
+
+def npy(array=None, header="", data=b""):
+    if array is not None:
+        np.save(file := io.BytesIO(), array)
+        return file.getvalue()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+
+
+NUMBERS = npy(np.zeros(15, np.float32))
+SHAPED = "{'descr': '<f4', 'fortran_order': False, 'shape': %s, }\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", NUMBERS[:5], NUMBERS[:30], NUMBERS[:-7], b"\x80\x04N.", b"PK\x03\x04" + bytes(40),
+        b"PK\x05\x06" + bytes(18),
+        npy(header=SHAPED % "(10000000000000,)"), npy(header=SHAPED % "(9223372036854775807, 9223372036854775807)"),
+        npy(header=SHAPED % f"({'9' * 100},)"), npy(header=SHAPED % "(-15,)", data=bytes(60)),
+        npy(header=SHAPED % "(((((("), npy(header="'''"), npy(header="(" * 200 + ")" * 200),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_array_are_an_answer_that_cannot_be_read(data):
+    app = pytest.importorskip("flwr.app")
+    record = app.ArrayRecord({"values": app.Array(dtype="float32", shape=(15,), stype="numpy.ndarray", data=data)})
+    sent = app.RecordDict({"update": record, "numbers": app.MetricRecord({"rows": 10})})
+    said = messages.read_answer(sent, {"values": ((15,), np.dtype("float32"))})
+    assert said.startswith("it sent no answer that can be read: an array that NumPy cannot read")
+
+
+def test_what_a_refusing_client_says_controls_no_terminal():
+    app = pytest.importorskip("flwr.app")
+    sent = app.RecordDict({"refused": app.ConfigRecord({"why": "\x1b[2J" + "no\n" * 300})})
+    said = messages.read_answer(sent, {})
+    assert said.isprintable()
+    assert len(said) == 300
 
 
 def test_an_update_that_comes_twice_counts_once():

@@ -8,7 +8,7 @@ import numpy as np
 
 from lepton_xla.compiler.operations import Operation
 from lepton_xla.exporting.onnx_conversion.converter import Converter, Rule
-from lepton_xla.exporting.onnx_conversion.graph import Value, can_be_coded
+from lepton_xla.exporting.onnx_conversion.graph import Graph, Value, can_be_coded
 
 _SAME = {
     "abs": "Abs", "add": "Add", "ceil": "Ceil", "cosine": "Cos", "divide": "Div", "erf": "Erf", "exponential": "Exp",
@@ -82,6 +82,43 @@ def _shifted(converter: Converter, operation: Operation, operands: list[Value]) 
     return converter.graph.node("Sub", converter.graph.node("Exp", operands[0].name), one)
 
 
+def _erfc(converter: Converter, operation: Operation, operands: list[Value]) -> str:
+    one = converter.graph.constant(1, operation.types[0].dtype)
+    return converter.graph.node("Sub", one, converter.graph.node("Erf", operands[0].name))
+
+
+def _shift(converter: Converter, operation: Operation, operands: list[Value]) -> str:
+    """A shift in floats, which hold 16 bits times a power of two: ONNX shifts unsigned integers only, QONNX none."""
+    (value, bits), graph, kind = operands, converter.graph, np.dtype(operation.types[0].dtype)
+    if kind.itemsize > 2:
+        raise converter.refuse(operation)
+    name, turns = (
+        each.name if each.is_coded else graph.cast(each.narrow or each.name, "float32") for each in (value, bits)
+    )
+    factor = graph.node("Pow", graph.constant(2, np.float32), turns)
+    if operation.name.endswith("shift_left"):
+        made = _wrapped(graph, graph.node("Mul", name, factor), kind)
+    else:
+        made = graph.node("Floor", graph.node("Div", name, factor))
+    return made if value.is_coded else graph.cast(made, kind.name)
+
+
+def _bitcast(converter: Converter, operation: Operation, operands: list[Value]) -> str:
+    """Integers of as many bits and another sign."""
+    (value,), graph, kind = operands, converter.graph, np.dtype(operation.types[0].dtype)
+    before = np.dtype(value.type.dtype)
+    if {before.kind, kind.kind} - {"i", "u"} or before.itemsize != kind.itemsize:
+        raise converter.refuse(operation)
+    return _wrapped(graph, value.name, kind) if value.is_coded else graph.cast(value.name, kind.name)
+
+
+def _wrapped(graph: Graph, name: str, kind: np.dtype) -> str:
+    """Floats of integers, those outside of a dtype as they come in at its other end."""
+    lowest, count = (graph.constant(number, np.float32) for number in (np.iinfo(kind).min, 1 << 8 * kind.itemsize))
+    turns = graph.node("Floor", graph.node("Div", graph.node("Sub", name, lowest), count))
+    return graph.node("Sub", name, graph.node("Mul", turns, count))
+
+
 def _convert(converter: Converter, operation: Operation, operands: list[Value]) -> str | Value:
     (value,), graph, made = operands, converter.graph, operation.types[0]
     dtype = np.dtype(made.dtype)
@@ -102,6 +139,10 @@ RULES: dict[str, Rule] = {
     "compare": _compare,
     "clamp": _clamp,
     "rsqrt": _rsqrt,
+    "erfc": _erfc,
+    "shift_left": _shift,
+    "shift_right_arithmetic": _shift,
+    "bitcast_convert": _bitcast,
     "remainder": _remainder,
     "is_finite": _is_finite,
     "log_plus_one": _shifted,

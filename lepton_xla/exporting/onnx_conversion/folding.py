@@ -65,6 +65,12 @@ def _slice(operation: Operation, array: np.ndarray) -> np.ndarray:
     return array[tuple(slice(*each) for each in kept)]
 
 
+def _dynamic_slice(operation: Operation, array: np.ndarray, *starts: np.ndarray) -> np.ndarray:
+    sizes = operation.attributes["slice_sizes"]
+    first = np.clip([int(start) for start in starts], 0, np.subtract(array.shape, sizes))
+    return array[tuple(slice(start, start + size) for start, size in zip(first, sizes, strict=True))]
+
+
 def _iota(operation: Operation) -> np.ndarray:
     shape, axis = operation.types[0].sizes, operation.attributes["iota_dimension"]
     wide = [1] * len(shape)
@@ -112,6 +118,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _broadcast,
     "dynamic_broadcast_in_dim": _broadcast,
     "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
     "iota": _iota,
     "bitcast_convert": _bitcast,
 }

@@ -80,22 +80,27 @@ def _iota(converter: Converter, operation: Operation, operands: list[Value]) -> 
     return graph.cast(graph.node("Expand", wide, shape), made.dtype)
 
 
-def _inside(graph: Graph, array: Value, axes: Sequence[int], sizes: Sequence[int], starts: str) -> str:
-    """Starts of slices of these sizes: StableHLO moves them inside the array, ONNX does not."""
+def _inside(graph: Graph, array: Value, axes: Sequence[int], sizes: Sequence[int] | str, starts: str) -> str:
+    """Starts of slices of these sizes, or those in a tensor: StableHLO moves them inside the array, ONNX does not."""
     known = [array.type.shape[axis] for axis in axes]
-    if None in known:
+    if None in known or isinstance(sizes, str):
         lengths = graph.node("Concat", *(graph.size_of(array.name, axis) for axis in axes), axis=0)
-        last = graph.node("Sub", lengths, graph.sizes(*sizes))
+        last = graph.node("Sub", lengths, sizes if isinstance(sizes, str) else graph.sizes(*sizes))
     else:
         last = graph.sizes(*((length or 0) - size for length, size in zip(known, sizes, strict=True)))
     return graph.node("Max", graph.node("Min", starts, last), graph.sizes(0))
 
 
-def _sliced(graph: Graph, array: Value, axes: Sequence[int], sizes: Sequence[int], starts: Sequence[Value]) -> str:
-    """A slice of these sizes, from scalars or one vector."""
+def _sliced(
+    graph: Graph, array: Value, axes: Sequence[int], sizes: Sequence[int] | str, starts: Sequence[Value]
+) -> str:
+    """A slice of these sizes, or those in a tensor, from scalars or one vector."""
     known = [array.type.shape[axis] for axis in axes]
     places = [each.array for each in starts]
-    if None not in known and all(place is not None for place in places):
+    if isinstance(sizes, str):
+        start = _inside(graph, array, axes, sizes, _vector(graph, starts))
+        end = graph.node("Add", start, sizes)
+    elif None not in known and all(place is not None for place in places):
         last = np.subtract(known, sizes)  # pyright: ignore
         first = np.clip(np.concatenate([np.ravel(place) for place in places]).astype(np.int64), 0, last)  # pyright: ignore
         start, end = graph.sizes(*first), graph.sizes(*(first + sizes))
@@ -106,7 +111,7 @@ def _sliced(graph: Graph, array: Value, axes: Sequence[int], sizes: Sequence[int
 
 
 def _one_slice(
-    graph: Graph, array: Value, indices: Value, axes: Sequence[int], sizes: Sequence[int], dropped: Sequence[int]
+    graph: Graph, array: Value, indices: Value, axes: Sequence[int], sizes: Sequence[int] | str, dropped: Sequence[int]
 ) -> str:
     found = _sliced(graph, array, axes, sizes, [indices])
     return graph.node("Squeeze", found, graph.sizes(*dropped)) if dropped else found
@@ -153,8 +158,13 @@ def _gather(converter: Converter, operation: Operation, operands: list[Value]) -
         axis: operation.types[0].shape[place] for axis, place in zip(kept, offsets, strict=False)
     }
     vector = numbers["index_vector_dim"]
-    if indices.type.shape == (len(taken),) and vector == 0 and None not in (sizes[axis] for axis in taken):
-        return _one_slice(graph, array, indices, taken, [sizes[axis] or 0 for axis in taken], dropped)
+    if indices.type.shape == (len(taken),) and vector == 0:
+        wanted = [sizes[axis] for axis in taken]
+        if None not in wanted:
+            return _one_slice(graph, array, indices, taken, [size or 0 for size in wanted], dropped)
+        if len(operands) > 2:
+            those = graph.node("Gather", graph.shape(operands[2]), graph.sizes(*taken))
+            return _one_slice(graph, array, indices, taken, those, dropped)
     whole = [axis for axis in range(len(array.type.shape)) if axis not in taken]
     if (
         numbers["operand_batching_dims"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,13 @@ import numpy as np
 from lepton_xla.errors import FederatedError, first_line
 from lepton_xla.extras import Needs
 from lepton_xla.federated.members import Answer
+from lepton_xla.tables import printable
 
 _TASK, _UPDATE, _NUMBERS, _REFUSED = "task", "update", "numbers", "refused"
 # Of a NumPy file around its numbers.
 _HEADER_BYTES = 512
+# Characters of what a client says.
+_SHOWN = 300
 
 
 def flower(module: str) -> Any:
@@ -48,7 +52,7 @@ def read_task(content: Any) -> tuple[np.ndarray, Mapping[str, Any]]:
         FederatedError: if it is none.
     """
     try:
-        return content.array_records[_UPDATE]["values"].numpy(), content.config_records[_TASK]
+        return _numbers_of(content.array_records[_UPDATE]["values"]), content.config_records[_TASK]
     except (KeyError, TypeError, ValueError) as error:
         raise FederatedError(f"the server sent no task that this version understands: {first_line(error)}") from error
 
@@ -75,21 +79,33 @@ def read_answer(content: Any, shapes: Mapping[str, tuple[tuple[int, ...], Any]])
         shapes: of `Codec.shapes`.
     """
     if _REFUSED in content.config_records:
-        return str(content.config_records[_REFUSED].get("why", ""))[:300]
+        return printable(content.config_records[_REFUSED].get("why", ""))[:_SHOWN]
     try:
         arrays, numbers = content.array_records[_UPDATE], content.metric_records[_NUMBERS]
         update: dict[str, np.ndarray] = {}
         for name, array in arrays.items():
             if name not in shapes:
-                return f"{name[:80]!r} is not asked for"
+                return f"{printable(name[:80])!r} is not asked for"
             shape, dtype = shapes[name]
             most = int(np.prod(shape)) * dtype.itemsize + _HEADER_BYTES
             if len(array.data) > most:
                 return f"{name!r} has {len(array.data)} bytes; expected at most {most}"
-            update[name] = array.numpy()
-        metrics = {
-            name.removeprefix("metric:"): float(value) for name, value in numbers.items() if name.startswith("metric:")
-        }
-        return Answer(update, int(numbers["rows"]), metrics)
+            update[name] = _numbers_of(array)
+        prefix = "metric:"
+        metrics = {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
+        return Answer(update, numbers["rows"], metrics)
     except (KeyError, TypeError, ValueError) as error:
-        return f"it sent no answer that can be read: {first_line(error)}"
+        return f"it sent no answer that can be read: {printable(first_line(error))}"
+
+
+def _numbers_of(array: Any) -> np.ndarray:
+    """What one of Flower's arrays holds.
+
+    Raises:
+        ValueError: if it is none, or its bytes are no NumPy file of an array.
+    """
+    try:
+        # Not `numpy.load`, which takes other files too, and gives other things than arrays.
+        return np.lib.format.read_array(io.BytesIO(array.data), allow_pickle=False)
+    except Exception as error:  # a header is Python, and says how much memory to take: nearly anything can be raised
+        raise ValueError(f"an array that NumPy cannot read, {first_line(error)}") from error
