@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,36 +46,39 @@ def top(url: str, *, interval: float, once: bool, as_json: bool, **access: Any) 
       leptonx top http://localhost:8000
       leptonx top http://localhost:8000 --once --json
     """
+    from lepton_xla.serve.client import Client
+
+    with contextlib.suppress(KeyboardInterrupt), Client(url, **access) as client:
+        looks = _looks(client, interval)
+        if as_json or once or not sys.stdout.isatty():
+            for rows in itertools.islice(looks, 1 if once else None):
+                if as_json:
+                    click.echo(json.dumps({"url": url, "models": rows}))
+                else:
+                    show(_table(rows))
+        else:
+            _show_live(looks)
+
+
+def _looks(client: Client, interval_s: float) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one interval after the other."""
+    before, began = figures_of(client.metrics()), time.monotonic()
+    while True:
+        time.sleep(interval_s)
+        after, now = figures_of(client.metrics()), time.monotonic()
+        yield rows_of(before, after, now - began, _states(client))
+        before, began = after, now
+
+
+def _show_live(looks: Iterator[list[dict[str, Any]]]) -> None:
+    """Each table in the place of the one before."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    from lepton_xla.serve.client import Client
-
-    with Client(url, **access) as client:
-        before, began = figures_of(client.metrics()), time.monotonic()
-
-        def look() -> list[dict[str, Any]]:
-            nonlocal before, began
-            time.sleep(interval)
-            after, now = figures_of(client.metrics()), time.monotonic()
-            found = rows_of(before, after, now - began, _states(client))
-            before, began = after, now
-            return found
-
-        if once or as_json:
-            while True:
-                found = look()
-                if as_json:
-                    click.echo(json.dumps({"url": url, "models": found}))
-                else:
-                    show(_table(found))
-                if once:
-                    return
-        with Live(Text("..."), console=Console(), auto_refresh=False) as live:
-            while True:
-                lines = _table(look()).lines(live.console.width)
-                live.update(Text("\n".join(lines)), refresh=True)
+    with Live(Text("..."), console=Console(), auto_refresh=False) as live:
+        for rows in looks:
+            live.update(Text("\n".join(_table(rows).lines(live.console.width))), refresh=True)
 
 
 def figures_of(text: str) -> Figures:
