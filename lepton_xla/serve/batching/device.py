@@ -52,7 +52,7 @@ class Device:
         self._shares = Shares()
         self._members: set[Share] = set()
         self._scheduled = False
-        self._more = False  # whether a member has begun to wait since the last look
+        self._more = False  # whether a member with room in its batch has begun to wait since the last look
         self._gathers_until: float | None = None
         self._handed: queue.SimpleQueue[Share | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -119,12 +119,17 @@ class Device:
             self._shares.leave(share)
             self._members.discard(share)
 
-    def ask(self, share: Share) -> None:
-        """Has a member wait for a turn. It gets it after all sockets that are readable now."""
+    def ask(self, share: Share, *, full: bool = False) -> None:
+        """Has a member wait for a turn. It gets it after all sockets that are readable now.
+
+        Args:
+            share: the member.
+            full: whether its next batch has no room for further requests.
+        """
         with self._lock:
             self._shares.ask(share)
             free = self._shares.holder is None
-        self._more = True
+        self._more = self._more or not full
         if free:
             self._pump_soon()
 

@@ -315,7 +315,8 @@ class Scheduler:
     def _pump_soon(self) -> None:
         """Asks for a turn, after all sockets that are readable now: requests that arrived together share a batch."""
         if not self.share.waiting:
-            self._device.ask(self.share)
+            batcher = self._batcher
+            self._device.ask(self.share, full=batcher.rows >= batcher.bucket_sizes[-1])
 
     def _turn(self, on_loop: bool) -> float | None:
         """Runs the next batch, if there is one and it may run here; see `shares.Turn`."""

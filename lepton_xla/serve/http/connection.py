@@ -200,15 +200,21 @@ class Connection(asyncio.Protocol):
                 lines, trace = taken
                 data, end = lines + data[end:], len(lines)
                 head = heads.get(lines)
-        if head is not None and len(data) - end - 4 == head.content_length:
+        come = len(data) - end - 4
+        if head is not None and come == head.content_length:
             if trace is None:
                 self._last = head
             self._state.buffered_bytes += head.content_length
             self.dispatch(head, data[end + 4 :], trace)
             return
         incoming.trace = trace
+        if head is not None and come < head.content_length and b"expect" not in head.headers:
+            refusal = incoming.begin(head, data[end + 4 :])
+            if refusal is not None:
+                self._fail(refusal)
+            return
         self._feed(data)
-        if incoming.messages == 1 and not incoming.begun and not self._closing:
+        if not self._closing:
             self._remember(data, end)
 
     def _feed(self, data: bytes | memoryview) -> None:
@@ -219,12 +225,18 @@ class Connection(asyncio.Protocol):
             self._throttle()
 
     def _remember(self, data: bytes, end: int) -> None:
-        """Caches the head of data that was exactly one request with a body of the declared length."""
-        head, heads = self._in.complete, self._state.heads
-        if head is not None and len(data) - end - 4 == head.content_length:
+        """Caches the head of data that was one request with a body of the declared length, or the first part of it."""
+        incoming, heads, come = self._in, self._state.heads, len(data) - end - 4
+        if incoming.messages == 0:
+            head = incoming.head_before(come)
+        else:
+            head = incoming.complete if incoming.messages == 1 and not incoming.begun else None
+            if head is not None and come != head.content_length:
+                head = None
+        if head is not None:
             if len(heads) >= _CACHED_HEADS:
                 heads.clear()
-            head.start, head.size = data[: end + 4], len(data)
+            head.start, head.size = data[: end + 4], end + 4 + head.content_length
             heads[data[:end]] = head
 
     # Called by `Incoming`.

@@ -78,6 +78,7 @@ class Incoming:
         "_head",
         "_head_bytes",
         "_headers",
+        "_left",
         "_limits",
         "_owner",
         "_parser",
@@ -111,11 +112,43 @@ class Incoming:
     @property
     def method(self) -> bytes:
         """Of the request that is read, as far as it has come."""
-        return self._parser.get_method() if self.begun and self._target else b""
+        if not self.begun:
+            return b""
+        if self._head is not None:
+            return self._head.method
+        return self._parser.get_method() if self._target else b""
+
+    def head_before(self, nbytes: int) -> Head | None:
+        """The head of the request that is read, if just so much of a body of known length has come."""
+        head = self._head if self.begun else None
+        return head if head is not None and len(self._body) == nbytes < head.content_length else None
+
+    def begin(self, head: Head, data: bytes) -> HTTPError | None:
+        """Reads on after a head that is known; gives why the request is refused, if it is.
+
+        Args:
+            head: one whose client does not wait to be told to go on.
+            data: of the body what has come, which is not all of it.
+        """
+        self._begin()
+        self.messages = self._steps = 0
+        try:
+            self._owner.consider(head.target, head.headers)
+            self._accept(head)
+        except HTTPError as refusal:
+            return refusal
+        self._left = head.content_length
+        return self._read_body(data)
 
     def feed(self, data: bytes | memoryview) -> HTTPError | None:
         """Reads a turn's share of data and keeps the rest; gives why a request cannot be read, if one cannot."""
         self.messages = self._steps = 0
+        if self._left:
+            left = self._left
+            refusal = self._read_body(bytes(data[:left]))
+            if refusal is not None:
+                return refusal
+            data = data[left:]
         if len(data) > SLICE_BYTES:
             data = memoryview(data)
         while len(data) > SLICE_BYTES:
@@ -155,6 +188,18 @@ class Incoming:
         self.rest = rest
         state.buffered_bytes += len(rest)
         return buffer_refusal() if state.buffered_bytes > self._limits.max_buffered_bytes else None
+
+    def _read_body(self, data: bytes) -> HTTPError | None:
+        """Takes a piece of a body whose head was known, without the parser."""
+        self._left -= len(data)
+        try:
+            if data:
+                self.on_body(data)
+        except HTTPError as refusal:
+            return refusal
+        if not self._left:
+            self.on_message_complete()
+        return None
 
     def _parse(self, data: bytes | memoryview) -> HTTPError | None:
         began_before, messages = self.begun, self.messages
@@ -199,6 +244,7 @@ class Incoming:
         self._head_bytes = 0
         self._framing = 0
         self._body: bytes | bytearray = b""
+        self._left = 0  # of a body that is read without the parser
         self._chunks = 0
 
     def on_message_begin(self) -> None:
@@ -235,17 +281,21 @@ class Incoming:
         head = head_of(
             parser.get_method(), self._target, version, headers, parser.should_keep_alive(), self._limits
         )  # fmt: skip
+        self._accept(head)
+        self._upgrading = head.content_length != 0 and parser.should_upgrade()
+        self._framing = 0
+        self._head_bytes = 0
+        if headers.get(b"expect", b"").lower() == b"100-continue" and not head.old:
+            self._state.invite(head)
+            self._owner.invite()
+
+    def _accept(self, head: Head) -> None:
+        """Goes on to the body."""
         if head.content_length:
             # Before the body: who may not ask cannot make the server hold one.
             self._state.admit(head)
         self._head = head
-        self._upgrading = head.content_length != 0 and parser.should_upgrade()
-        self._framing = 0
-        self._head_bytes = 0
         self._owner.expect(self._limits.body_timeout_s)
-        if headers.get(b"expect", b"").lower() == b"100-continue" and not head.old:
-            self._state.invite(head)
-            self._owner.invite()
 
     def on_chunk_header(self) -> None:
         self._steps += 1
@@ -260,7 +310,7 @@ class Incoming:
         elif type(self._body) is bytearray:
             self._body += data
         else:
-            self._body = bytearray(self._body) + data
+            self._body = bytearray().join((self._body, data))
         state = self._state
         state.buffered_bytes += len(data)
         if len(self._body) > self._limits.max_body_bytes:

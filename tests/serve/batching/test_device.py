@@ -93,21 +93,24 @@ def test_one_model_has_one_batch_between_two_looks_at_the_sockets():
     assert len(log) == 5
 
 
-@pytest.mark.parametrize(("arrivals_s", "gathered"), [((0, 0, 0), 5), ((2e-4, 2e-4, 0), 4), ((3e-4, 0, 0), 3)])
-def test_models_that_begin_to_wait_one_by_one_are_gathered_for_a_while(arrivals_s, gathered):
-    """Their requests would be a batch each; for how long is bounded, and one model alone never waits."""
+@pytest.mark.parametrize(
+    ("arrivals_s", "full", "gathered"),
+    [((0, 0, 0), False, 5), ((2e-4, 2e-4, 0), False, 4), ((3e-4, 0, 0), False, 3), ((0, 0, 0), True, 2)],
+)
+def test_models_that_begin_to_wait_one_by_one_are_gathered_for_a_while(arrivals_s, full, gathered):
+    """Their requests would be a batch each; for how long is bounded, and neither one model nor full batches wait."""
     loop, clock, log = Loop(), Clock(), []
     device = Device(clock)
     device.start(loop)
     first, *others = (Member(name, device, clock, log, 1e-6) for name in "ABCDE")
-    device.ask(first.share)
-    device.ask(others[0].share)
+    device.ask(first.share, full=full)
+    device.ask(others[0].share, full=full)
     for member, seconds in zip(others[1:], arrivals_s, strict=True):
         loop.run()
         if log:
             break
         clock.now += seconds
-        device.ask(member.share)
+        device.ask(member.share, full=full)
     while not log:
         loop.run()
     device.stop()

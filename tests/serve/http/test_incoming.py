@@ -5,9 +5,11 @@ import asyncio
 import pytest
 from serve_fakes import Affine, bodies, connect, raw_request, read_response, send
 
+from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.connection import Connection
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.http.incoming import SHARE, SLICE_BYTES
+from lepton_xla.serve.http.reserve import LastConnection
 from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.limits import Limits
 
@@ -61,10 +63,10 @@ class Wire:
 class Client:
     """A connection whose requests are answered with their bodies, at once or when `answers` is set."""
 
-    def __init__(self, **limits):
+    def __init__(self, state=None, **limits):
         self.seen: list[Exchange] = []
         self.answers = True
-        self.state = ServerState(self.handle, Limits(**limits))
+        self.state = ServerState(self.handle, Limits(**limits)) if state is None else state
         self.wire = Wire()
         self.connection = Connection(self.state)
         self.connection.connection_made(self.wire)
@@ -161,6 +163,50 @@ def test_a_body_is_given_to_the_parser_in_two_slices(client):
     data = raw_request("POST", "/", b"x" * 100_000)
     client.send(data)
     assert fed == [SLICE_BYTES, len(data) - SLICE_BYTES]
+
+
+def test_requests_are_the_same_wherever_they_are_cut():
+    """Also when their heads are known: a body that has come in part is then read without the parser."""
+    wanted = [(b"/a", b"x" * 9), (b"/b", b"\r\n\r\nGET"), (b"/a", b"y" * 9), (b"/", b""), (b"/b", b"z" * 7)]
+    requests = [raw_request("POST" if body else "GET", path.decode(), body) for path, body in wanted]
+    data = b"\r\n\r\n".join(requests[:3]) + b"".join(requests[3:])
+    for cut in range(1, len(data) - 5):
+        client = Client()
+        for start, end in ((0, cut), (cut, -5), (-5, None)) * 2:
+            client.connection.data_received(data[start:end])
+        assert [(each.head.target, each.body) for each in client.seen] == wanted * 2
+        assert client.state.buffered_bytes == 0
+
+
+def test_a_head_is_known_by_its_own_bytes_only(client):
+    """Not by blank lines in front of it, which would make what others send after such lines its body."""
+    client.connection.data_received(b"\r\n\r\n" + raw_request("POST", "/", b"x" * 500)[:-2])
+    other = Client(client.state)
+    other.connection.data_received(b"\r\n\r\n" + TINY)
+    assert [each.head.method for each in client.seen] == [b"GET"]
+
+
+@pytest.mark.parametrize("case", ["no token", "beyond the limits", "too much"])
+def test_a_known_head_is_admitted_as_others_are(case):
+    client = Client(max_body_bytes=100, max_buffered_bytes=100)
+    data = raw_request("POST", "/", b"x" * 60)
+    client.send(data)
+    if case == "no token":
+
+        def admit(head):
+            raise HTTPError(401, "a token is needed")
+
+        client.state.admit = admit
+    if case == "beyond the limits":
+        client.connection = LastConnection(client.state, HTTPError(429, "too many connections"))
+        client.connection.connection_made(client.wire)
+    if case == "too much":
+        client.state.buffered_bytes = 70
+    client.connection.data_received(data[:-20])
+    status = {"no token": b"401", "beyond the limits": b"429", "too much": b"503"}[case]
+    assert client.wire.written[-1].startswith(b"HTTP/1.1 %s " % status)
+    assert len(client.seen) == 1
+    assert client.state.buffered_bytes == (70 if case == "too much" else 0)
 
 
 def test_the_rest_of_a_read_waits_while_answers_do(client):
