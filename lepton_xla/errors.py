@@ -30,7 +30,7 @@ class LeptonError(Exception):
 class MissingPackageError(LeptonError, ImportError):
     """A part needs packages that this installation lacks; the message says which, and which extra brings them.
 
-    >>> from lepton_xla.extras import Needs
+    >>> from lepton_xla.environment.extras import Needs
     >>> with Needs("train", "lx.train"):
     ...     import no_such_package
     Traceback (most recent call last):

@@ -12,7 +12,7 @@ import contextvars
 import hashlib
 from collections.abc import Callable, Generator
 
-from lepton_xla.machine import usable_cores
+from lepton_xla.environment.machine import usable_cores
 
 # Reading or hashing so much takes a core 0.1 to 0.2 ms.
 PIECE_BYTES = 1 << 18

@@ -12,7 +12,7 @@ import pytest
 from sources import FILES, ROOT, TREES, imports
 
 import lepton_xla as lx
-from lepton_xla.extras import Needs
+from lepton_xla.environment.extras import Needs
 
 PUBLIC = [
     "ArtifactError", "CalibrationError", "CheckpointError", "CompileError", "ExecutionError", "FederatedError",

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from lepton_xla.adapters.metadata import linen_axes
 from lepton_xla.adapters.modules import method_of, mode_arguments
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ModelError
-from lepton_xla.extras import Needs
 
 type Steps = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 """`init_cache`, `prefill` and `decode` of a `Generator`."""

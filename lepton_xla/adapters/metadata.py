@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lepton_xla.extras import Needs
+from lepton_xla.environment.extras import Needs
 from lepton_xla.trees import name_leaves
 
 type Axes = dict[str, tuple[Any, ...]]

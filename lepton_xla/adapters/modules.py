@@ -10,8 +10,8 @@ import jax
 
 from lepton_xla.adapters.metadata import linen_axes, nnx_axes
 from lepton_xla.adapters.written import written
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ModelError
-from lepton_xla.extras import Needs
 from lepton_xla.program import Program, TensorSpec, probe_sizes, trace
 from lepton_xla.trees import abstract, name_leaves, some_names
 

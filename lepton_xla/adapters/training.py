@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from lepton_xla.adapters.modules import method_of, mode_arguments
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ModelError
-from lepton_xla.extras import Needs
 from lepton_xla.trees import name_leaves
 
 type Apply = Callable[..., tuple[Any, dict[str, jax.Array]]]

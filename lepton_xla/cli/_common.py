@@ -20,8 +20,8 @@ from click.core import ParameterSource
 
 from lepton_xla.cli.tables import Table, printable
 from lepton_xla.cli.tables import show as show
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ArtifactError, CompileError, LeptonError, first_line
-from lepton_xla.extras import Needs
 from lepton_xla.tables import short as short
 from lepton_xla.tables import size as size
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.cli import _common
-from lepton_xla.copies import listing_of
 from lepton_xla.errors import ArtifactError, LeptonError, ServeError
+from lepton_xla.files.copies import listing_of
 
 if TYPE_CHECKING:
     from lepton_xla.serve.client.repository import RepositoryClient

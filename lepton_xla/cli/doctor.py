@@ -25,7 +25,7 @@ def doctor(as_json: bool) -> None:
         step("examine the installation")
         import dataclasses
 
-        from lepton_xla.diagnosis import diagnose
+        from lepton_xla.environment.diagnosis import diagnose
 
         findings = diagnose()
     faults = [finding for finding in findings if finding.state == "fault"]

@@ -174,7 +174,7 @@ def _seconds(text: str) -> float:
 
 
 def _name_of(base: str) -> str:
-    from lepton_xla.copies import listing_of
+    from lepton_xla.files.copies import listing_of
 
     return listing_of(pathlib.Path(base))[0].name
 

@@ -194,8 +194,8 @@ def _adjust(
 ) -> None:
     import pathlib
 
-    from lepton_xla.copies import listing_of
     from lepton_xla.errors import InputError
+    from lepton_xla.files.copies import listing_of
     from lepton_xla.serve.models.repository import Repository
 
     if not 0 < plan["alpha"] <= 1:

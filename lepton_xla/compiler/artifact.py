@@ -37,7 +37,7 @@ from lepton_xla.compiler.stepping import CompiledSteps, Stepper
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store, consistently
 from lepton_xla.conversion.steps import FILE, Conversion, Summary
 from lepton_xla.errors import ArtifactError
-from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.files.listing import MANIFEST, FileEntry
 from lepton_xla.trust.bundles import SIGNATURE, utc
 from lepton_xla.trust.keys import TrustedKeys
 

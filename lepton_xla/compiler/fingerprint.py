@@ -11,8 +11,8 @@ import msgspec
 
 from lepton_xla.compiler import _xla
 from lepton_xla.compiler.instruction_sets import CAPS, cap_in, without_cap
+from lepton_xla.environment.machine import cpu_features, cpu_features_digest, relevant_xla_flags
 from lepton_xla.kernels.installation import INTERFACE, usable
-from lepton_xla.machine import cpu_features, cpu_features_digest, relevant_xla_flags
 
 
 class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

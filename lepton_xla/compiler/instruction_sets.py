@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from lepton_xla.machine import relevant_xla_flags
+from lepton_xla.environment.machine import relevant_xla_flags
 
 FLAG = "--xla_cpu_max_isa"
 # XLA's names of the caps, the widest last.

@@ -38,9 +38,9 @@ from lepton_xla.compiler.stepping import Stepper, decode_inputs, donation, prefi
 from lepton_xla.compiler.storage import Store, VerifiedFiles, consistently
 from lepton_xla.conversion.steps import Conversion
 from lepton_xla.deferred import jax
+from lepton_xla.environment.flags import warn_of_slow_flags
 from lepton_xla.errors import ArtifactError, ExecutionError, ShardingError
-from lepton_xla.flags import warn_of_slow_flags
-from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.files.listing import MANIFEST, FileEntry
 from lepton_xla.pieces import executor, rest
 from lepton_xla.trees import leaf_bytes
 from lepton_xla.trust.keys import TrustedKeys

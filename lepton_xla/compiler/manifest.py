@@ -14,7 +14,7 @@ from lepton_xla.compiler.fingerprint import Fingerprint
 from lepton_xla.compiler.names import check_name
 from lepton_xla.conversion.steps import Summary
 from lepton_xla.errors import ArtifactError, LeptonError
-from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, check_files, sealing_digest
+from lepton_xla.files.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, check_files, sealing_digest
 from lepton_xla.profiles import Profile
 from lepton_xla.program import TensorSpec
 from lepton_xla.sharding.meshes import mesh_sizes

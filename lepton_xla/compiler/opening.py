@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from lepton_xla.compiler.manifest import OPEN_FOLDERS, Manifest, manifest_from_json
 from lepton_xla.compiler.storage import Store, VerifiedFiles
 from lepton_xla.errors import ArtifactError, TrustError
-from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES
+from lepton_xla.files.listing import MANIFEST, MAX_MANIFEST_BYTES
 from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE, Signed, check_signature, is_left_out, signer_of
 from lepton_xla.trust.keys import TrustedKeys, decryption_key, identifier
 from lepton_xla.trust.sealing import Opener

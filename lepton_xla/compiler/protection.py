@@ -14,7 +14,7 @@ from lepton_xla.compiler.manifest import OPEN_FOLDERS, Encryption, Manifest, Rec
 from lepton_xla.compiler.opening import MAX_EXTRA_BYTES, decoded_manifest, read_manifest
 from lepton_xla.compiler.storage import Store, VerifiedFiles, atomic_store
 from lepton_xla.errors import ArtifactError, TrustError
-from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry
+from lepton_xla.files.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry
 from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE, is_left_out, sign_digests
 from lepton_xla.trust.keys import encryption_key, identifier, signing_key
 from lepton_xla.trust.sealing import Sealer

@@ -20,8 +20,8 @@ import tensorstore as ts
 
 from lepton_xla.compiler.exchange import exchange
 from lepton_xla.errors import ArtifactError
-from lepton_xla.folders import flush, flush_tree, held, remove_abandoned
-from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.files.folders import flush, flush_tree, held, remove_abandoned
+from lepton_xla.files.listing import MANIFEST, FileEntry
 from lepton_xla.pieces import piece_bytes, rest, sha256
 
 _LOG = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from lepton_xla.arguments import takes
 from lepton_xla.compiler.instruction_sets import FLAG, without_cap
 from lepton_xla.compiler.opening import is_signed, read_manifest
 from lepton_xla.compiler.storage import Store
+from lepton_xla.environment.machine import cpu_features
 from lepton_xla.errors import CompileError
-from lepton_xla.machine import cpu_features
 
 # Targets with a compiler in this process's jaxlib: XLA's cap, and the feature that this machine must have.
 _CAPPED = {"cpu-avx2": ("AVX2", "avx2"), "cpu-avx512": ("AVX512", "avx512f")}

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ArtifactError, InputError
-from lepton_xla.extras import Needs
 
 MAX_TOKENIZER_BYTES = 64 << 20
 

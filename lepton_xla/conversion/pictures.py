@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.conversion.steps import Images
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import InputError
-from lepton_xla.extras import Needs
 
 _WHITE = 255
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.data.rows import Rows, columns_of
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import TrainingError
-from lepton_xla.extras import Needs
 
 type Augment = Callable[[np.random.Generator, dict[str, np.ndarray]], dict[str, np.ndarray]]
 """`augment(random, batch) -> batch`; the generator is that of the step."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.compiler.portable_model import PortableModel
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import UnsupportedError, first_line
 from lepton_xla.exporting.onnx_conversion import to_onnx
-from lepton_xla.extras import Needs
 
 # Protocol buffers hold no more, and weights lie in the file.
 _MOST_BYTES = 2**31 - 2**20

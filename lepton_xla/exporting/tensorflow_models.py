@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lepton_xla.compiler.portable_model import PortableModel
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import UnsupportedError, first_line
-from lepton_xla.extras import Needs
 
 _SIGNATURE = "serving_default"
 # How TensorFlow calls a module of StableHLO: the version of the calling convention that JAX 0.11 and 0.12 write.

@@ -7,8 +7,8 @@ import importlib
 import math
 from typing import Any
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import FederatedError
-from lepton_xla.extras import Needs
 from lepton_xla.federated.local_rounds import private_steps
 from lepton_xla.federated.settings import Federation, Privacy
 

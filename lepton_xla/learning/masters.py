@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lepton_xla.errors import LearningError, first_line
-from lepton_xla.folders import flush
+from lepton_xla.files.folders import flush
 
 _DTYPES = "__dtypes__"
 _DAMAGED = (zipfile.BadZipFile, zlib.error)

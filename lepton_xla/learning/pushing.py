@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lepton_xla.copies import listing_of
 from lepton_xla.errors import LearningError
+from lepton_xla.files.copies import listing_of
 from lepton_xla.serve.client import RequestError
 from lepton_xla.serve.client.repository import RepositoryClient
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import msgspec
 
 from lepton_xla.errors import LearningError
-from lepton_xla.folders import flush, held
+from lepton_xla.files.folders import flush, held
 
 type Phase = Literal["train", "judge", "push", "rollout", "promoted", "refused", "rolled back", "stopped", "kept"]
 

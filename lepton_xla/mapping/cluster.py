@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ExecutionError, InputError
-from lepton_xla.extras import Needs
 from lepton_xla.mapping.pool import TRIES
 from lepton_xla.mapping.work import Work
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import InputError
-from lepton_xla.extras import Needs
 
 _LONGEST_LINE = 256 << 20
 

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.errors import InputError, LeptonError
-from lepton_xla.folders import held
+from lepton_xla.files.folders import held
 from lepton_xla.mapping.columns import check_rows, columns_of
 from lepton_xla.mapping.sources import Part, arrow, kind_of, open_source
 from lepton_xla.program import TensorSpec

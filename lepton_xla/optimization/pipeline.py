@@ -16,6 +16,7 @@ import numpy as np
 
 from lepton_xla.arguments import takes
 from lepton_xla.callbacks import without_callbacks
+from lepton_xla.environment.flags import warn_of_slow_flags
 from lepton_xla.errors import (
     CalibrationError,
     CompileError,
@@ -25,7 +26,6 @@ from lepton_xla.errors import (
     UnsupportedError,
     first_line,
 )
-from lepton_xla.flags import warn_of_slow_flags
 from lepton_xla.optimization.caching import store_cache
 from lepton_xla.passes.alternatives.autotuning import autotune
 from lepton_xla.passes.core import memory

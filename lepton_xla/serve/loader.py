@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lepton_xla.copies import listing_of
 from lepton_xla.errors import ServeError
+from lepton_xla.files.copies import listing_of
 from lepton_xla.pieces import rest, resting
 from lepton_xla.serve.app.options import Options
 from lepton_xla.serve.batching.costs import Measured

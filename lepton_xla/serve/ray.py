@@ -21,8 +21,8 @@ from urllib.parse import quote
 
 import msgspec
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ServeError
-from lepton_xla.extras import Needs
 from lepton_xla.serve.client.async_client import PooledChannel
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.client.transport import Answer, RequestError, connected

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from lepton_xla.environment.machine import DeviceFigures, figures_of
 from lepton_xla.errors import CompileError, ShardingError, first_line
-from lepton_xla.machine import DeviceFigures, figures_of
 
 # Kind of device, of those TPUs whose memory is known.
 _TPUS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}

@@ -1,6 +1,6 @@
 """Training: the loop, compression while training, distillation, checkpoints."""
 
-from lepton_xla.extras import Needs
+from lepton_xla.environment.extras import Needs
 
 with Needs("train", "lx.train"):
     from lepton_xla.recipe import PruneRule

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from lepton_xla.environment.machine import peak_flops
 from lepton_xla.errors import TrainingError
 from lepton_xla.launch.heartbeat import beat
-from lepton_xla.machine import peak_flops
 from lepton_xla.program import Program
 from lepton_xla.sharding import Rules
 from lepton_xla.train.agreement import Agreement

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 from lepton_xla.arguments import takes
+from lepton_xla.environment.machine import DeviceFigures
 from lepton_xla.errors import CompileError, TrainingError, first_line
-from lepton_xla.machine import DeviceFigures
 from lepton_xla.passes.core.costs import product_flops
 from lepton_xla.program import Program
 from lepton_xla.sharding import Rules

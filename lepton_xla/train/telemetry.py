@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 import msgspec
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import TrainingError
-from lepton_xla.extras import Needs
 
 LOG = logging.getLogger(__name__)
 

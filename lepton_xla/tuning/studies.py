@@ -21,8 +21,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import TuningError, first_line
-from lepton_xla.extras import Needs
 from lepton_xla.tuning.constraints import Constraints, Objective
 from lepton_xla.tuning.trials import StoppedError, Trial
 

@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from lepton_xla.compiler.fingerprint import Fingerprint
-from lepton_xla.machine import cpu_features, cpu_model, relevant_xla_flags
+from lepton_xla.environment.machine import cpu_features, cpu_model, relevant_xla_flags
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:

@@ -16,7 +16,7 @@ from lepton_xla.compiler.instruction_sets import needed_features
 from lepton_xla.compiler.opening import read_manifest
 from lepton_xla.compiler.storage import Store
 from lepton_xla.compiler.targets import add_targets, check_targets
-from lepton_xla.machine import cpu_features
+from lepton_xla.environment.machine import cpu_features
 
 AVX2, AVX512 = ("avx2" in cpu_features(), "avx512f" in cpu_features())
 ROWS = np.random.default_rng(1).normal(size=(5, 32)).astype(np.float32)

@@ -17,7 +17,7 @@ from lepton_xla.compiler.elements import from_bytes, to_bytes
 from lepton_xla.compiler.manifest import WeightLeaf
 from lepton_xla.compiler.storage import Store, VerifiedFiles
 from lepton_xla.errors import ArtifactError
-from lepton_xla.listing import FileEntry
+from lepton_xla.files.listing import FileEntry
 
 DTYPES = (
     "bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint2", "uint4", "uint8", "uint16", "uint32", "uint64",

@@ -22,7 +22,7 @@ from lepton_xla.cli import main
 from lepton_xla.compiler.artifact import read_manifest
 from lepton_xla.compiler.storage import Store
 from lepton_xla.errors import InputError
-from lepton_xla.folders import held
+from lepton_xla.files.folders import held
 from lepton_xla.mapping import pool
 from lepton_xla.mapping.columns import as_input
 from lepton_xla.mapping.pool import run_here

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import FederatedError, first_line
-from lepton_xla.extras import Needs
 from lepton_xla.federated.members import Answer
 from lepton_xla.tables import printable
 

@@ -9,7 +9,8 @@ import os
 
 import jax
 
-from lepton_xla import _compat, machine
+from lepton_xla import _compat
+from lepton_xla.environment import machine
 from lepton_xla.kernels import installation
 
 

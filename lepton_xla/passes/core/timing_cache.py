@@ -16,7 +16,7 @@ import time
 
 import msgspec
 
-from lepton_xla.machine import cache_folder
+from lepton_xla.environment.machine import cache_folder
 
 _LOG = logging.getLogger(__name__)
 

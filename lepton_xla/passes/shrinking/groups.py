@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from lepton_xla.arguments import takes
+from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import LeptonError, ModelError, RecipeError, UnsupportedError
-from lepton_xla.extras import Needs
 from lepton_xla.passes.shrinking.dependencies import Study
 from lepton_xla.passes.shrinking.dimensions import (
     Dimension,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lepton_xla.errors import ArtifactError, RepositoryError
-from lepton_xla.listing import is_sha256
+from lepton_xla.files.listing import is_sha256
 from lepton_xla.serve.app.later import STATUS
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange

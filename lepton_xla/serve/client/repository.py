@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 import msgspec
 
-from lepton_xla.copies import listing_of, open_file, signature_of
 from lepton_xla.errors import ArtifactError, ServeError
-from lepton_xla.listing import MANIFEST, FileEntry
+from lepton_xla.files.copies import listing_of, open_file, signature_of
+from lepton_xla.files.listing import MANIFEST, FileEntry
 from lepton_xla.serve.client.calls import RequestOf, json_of, route
 from lepton_xla.serve.client.sync_client import Client
 from lepton_xla.serve.client.transport import RequestError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lepton_xla.errors import RepositoryError
-from lepton_xla.listing import Listing
+from lepton_xla.files.listing import Listing
 
 
 def base_of(update: Listing, listings: Mapping[str, Listing | None], what: str) -> str:

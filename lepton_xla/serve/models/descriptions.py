@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lepton_xla.errors import ArtifactError
-from lepton_xla.listing import Listing
+from lepton_xla.files.listing import Listing
 from lepton_xla.serve.models.found import Found
 
 

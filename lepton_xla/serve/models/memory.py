@@ -22,8 +22,8 @@ from typing import Protocol
 
 import msgspec
 
-from lepton_xla.copies import listing_of
 from lepton_xla.errors import LeptonError, RepositoryError
+from lepton_xla.files.copies import listing_of
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.models.manager import Entry, Manager
 from lepton_xla.serve.models.placement import Evict, Held, Move, Put, Wait, next_step

@@ -6,8 +6,8 @@ import concurrent.futures
 import logging
 from pathlib import Path
 
-from lepton_xla.copies import listing_of
 from lepton_xla.errors import ArtifactError, ServeError
+from lepton_xla.files.copies import listing_of
 from lepton_xla.serve.observe.audit import Audit, Value
 
 _log = logging.getLogger("lepton_xla.serve")

@@ -19,10 +19,10 @@ from collections.abc import Callable, Generator
 from typing import Any
 from urllib.parse import unquote
 
-from lepton_xla.copies import listing_of, signature_of, write_whole
 from lepton_xla.errors import ArtifactError, RepositoryError, first_line
-from lepton_xla.folders import flush
-from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, Listing, read_listing
+from lepton_xla.files.copies import listing_of, signature_of, write_whole
+from lepton_xla.files.folders import flush
+from lepton_xla.files.listing import MANIFEST, MAX_MANIFEST_BYTES, Listing, read_listing
 from lepton_xla.serve.models.bases import base_of
 from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.plans import PLAN, read_plan

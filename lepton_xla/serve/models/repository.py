@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
-from lepton_xla.copies import copy_artifact, listing_of, read_text, write_whole
 from lepton_xla.errors import ArtifactError, RepositoryError
-from lepton_xla.folders import flush, flush_tree, held, remove_abandoned
-from lepton_xla.listing import MANIFEST, Listing
+from lepton_xla.files.copies import copy_artifact, listing_of, read_text, write_whole
+from lepton_xla.files.folders import flush, flush_tree, held, remove_abandoned
+from lepton_xla.files.listing import MANIFEST, Listing
 from lepton_xla.serve.models.bases import base_of, refuse_needed
 from lepton_xla.serve.models.descriptions import described
 from lepton_xla.serve.models.found import Found, Stamp

@@ -15,10 +15,10 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 
-from lepton_xla.copies import write_whole
 from lepton_xla.errors import ArtifactError, RepositoryError
-from lepton_xla.folders import flush, held
-from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, is_sha256, read_listing
+from lepton_xla.files.copies import write_whole
+from lepton_xla.files.folders import flush, held
+from lepton_xla.files.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, is_sha256, read_listing
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
 

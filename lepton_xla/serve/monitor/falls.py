@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lepton_xla.extras import Needs
+from lepton_xla.environment.extras import Needs
 from lepton_xla.profiles import Profile
 
 STREAMS = ("accuracy", "confidence")

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lepton_xla.adjustments import move_weights
-from lepton_xla.copies import listing_of
 from lepton_xla.errors import ArtifactError, LeptonError, RepositoryError
+from lepton_xla.files.copies import listing_of
 from lepton_xla.serve.models import movements
 from lepton_xla.serve.models.found import Found
 from lepton_xla.serve.models.manager import Entry

@@ -7,8 +7,8 @@ from typing import Annotated, Any, TypedDict, cast
 
 import msgspec
 
-from lepton_xla.copies import read_text
 from lepton_xla.errors import RepositoryError
+from lepton_xla.files.copies import read_text
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.monitor.alerts import judged_rows
 from lepton_xla.serve.monitor.history import Counts, History, difference

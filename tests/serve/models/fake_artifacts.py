@@ -5,7 +5,7 @@ import json
 
 import msgspec
 
-from lepton_xla.listing import MANIFEST, sealing_digest
+from lepton_xla.files.listing import MANIFEST, sealing_digest
 
 
 def make_artifact(path, files=None, name="tiny", fit="", programs=("p",)):

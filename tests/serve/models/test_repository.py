@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from lepton_xla.errors import ArtifactError, RepositoryError
-from lepton_xla.listing import sealing_digest
+from lepton_xla.files.listing import sealing_digest
 from lepton_xla.serve.models import repository as module
 from lepton_xla.serve.models.labels import with_label
 from lepton_xla.serve.models.repository import Found, Repository

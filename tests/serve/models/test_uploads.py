@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lepton_xla.errors import ArtifactError, RepositoryError
-from lepton_xla.listing import MANIFEST, sealing_digest
+from lepton_xla.files.listing import MANIFEST, sealing_digest
 from lepton_xla.serve.models import uploads as module
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.uploads import FOLDER, UploadLimits, Uploads

@@ -11,8 +11,8 @@ import secrets
 import stat
 
 from lepton_xla.errors import ArtifactError, RepositoryError
-from lepton_xla.folders import flush
-from lepton_xla.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, read_listing
+from lepton_xla.files.folders import flush
+from lepton_xla.files.listing import MANIFEST, MAX_MANIFEST_BYTES, FileEntry, Listing, read_listing
 from lepton_xla.trust.bundles import MAX_SIGNATURE_BYTES, SIGNATURE
 
 _PIECE_BYTES = 1 << 20

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from lepton_xla import diagnosis, requirements
 from lepton_xla.cli import doctor as doctor_command
-from lepton_xla.requirements import Requirement
+from lepton_xla.environment import diagnosis, requirements
+from lepton_xla.environment.requirements import Requirement
 
 WELL = {
     "failure": "",

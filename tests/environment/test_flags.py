@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.flags import slow_flags, warn_of_slow_flags
+from lepton_xla.environment.flags import slow_flags, warn_of_slow_flags
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # What XLA's program text said of a product and a convolution of int8 under each (jaxlib 0.12.0.1).

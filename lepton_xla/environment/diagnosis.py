@@ -17,10 +17,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from lepton_xla.environment.flags import slow_flags
+from lepton_xla.environment.machine import CACHE_VARIABLE, cache_folder, cpu_features, cpu_model, usable_cores
+from lepton_xla.environment.requirements import PACKAGE, Requirement, requirements
 from lepton_xla.errors import first_line
-from lepton_xla.flags import slow_flags
-from lepton_xla.machine import CACHE_VARIABLE, cache_folder, cpu_features, cpu_model, usable_cores
-from lepton_xla.requirements import PACKAGE, Requirement, requirements
 
 type State = Literal["ok", "note", "fault"]
 
@@ -31,7 +31,7 @@ _FEATURES = (
 )  # fmt: skip
 # Settings of JAX under which compiled code is slow or not used at all.
 _SLOW_SETTINGS = ("JAX_DISABLE_JIT", "JAX_DEBUG_NANS", "JAX_DEBUG_INFS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-_PROBE = "from lepton_xla.diagnosis import probe; probe()"
+_PROBE = "from lepton_xla.environment.diagnosis import probe; probe()"
 
 
 @dataclasses.dataclass(frozen=True)

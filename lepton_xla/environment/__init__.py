@@ -1,0 +1,1 @@
+"""What the package runs in: this machine, what is installed, XLA's flags; `leptonx doctor` examines all of it."""
