@@ -107,7 +107,11 @@ CASES = {
     "integer convolution": (integer_convolution, (KERNEL * 40).astype(np.int8), IMAGES),
     "int8 weights": (lambda w, x: x @ (w.astype(jnp.float32) * 0.01), CODES, X),
     "4 bits": (four_bits, DRAW.integers(-127, 128, (3, 5), np.int8), X),
-    "bfloat16 weights": (lambda w, x: x @ w.astype(jnp.float32), W.astype(jnp.bfloat16), X),
+    "bfloat16 weights": (
+        lambda w, x: x @ jnp.broadcast_to(w[:, None], (6, 2, 5)).astype(jnp.float32).reshape(6, 10),
+        W.astype(jnp.bfloat16),
+        X,
+    ),
 }  # fmt: skip
 
 

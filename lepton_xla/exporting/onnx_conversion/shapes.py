@@ -25,7 +25,11 @@ def _broadcast(converter: Converter, operation: Operation, operands: list[Value]
     added = [axis for axis in range(len(made.shape)) if axis not in places]
     narrow = graph.node("Unsqueeze", name, graph.sizes(*added)) if added else name
     wanted = graph.shape(operands[1]) if len(operands) > 1 else graph.sizes(*made.sizes)
-    return Value(graph.node("Expand", narrow, wanted), made, narrow=narrow)
+    if made.dtype != "bfloat16" or operands[0].is_coded:
+        return Value(graph.node("Expand", narrow, wanted), made, narrow=narrow)
+    # ONNX Runtime expands none of these.
+    wide = graph.node("Expand", graph.cast(narrow, "float32"), wanted)
+    return Value(graph.cast(wide, "bfloat16"), made, narrow=narrow)
 
 
 def _transpose(converter: Converter, operation: Operation, operands: list[Value]) -> str:
