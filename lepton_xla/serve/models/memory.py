@@ -125,11 +125,14 @@ class Memory:
             RepositoryError: also if it is larger than the budget, or there is no room.
         """
         async with self._turn:
-            if name in self._models.names():
-                device = self._handles(name)[0].devices[0]
-            else:
-                device = (await self._make_room(name))[0]
-            await self._load(name, device, overrides or {}, who)
+            before = self._handles(name)
+            device = before[0].devices[0] if before else (await self._make_room(name))[0]
+            try:
+                await self._load(name, device, overrides or {}, who)
+            except RepositoryError:
+                if not before and self._handles(name):  # some of its versions are there
+                    await self._settle(name)
+                raise
             self._overrides[name] = overrides or {}
             await self._settle(name)
 
@@ -191,7 +194,12 @@ class Memory:
 
     async def _bring(self, name: str) -> None:
         if name not in self._models.names():
-            await self.load(name, who="request")
+            try:
+                await self.load(name, who="request")
+            except RepositoryError as error:
+                # As everywhere, a version that cannot be loaded is left out, and the others answer.
+                if error.kind != "invalid" or name not in self._models.names():
+                    raise
 
     # Room.
 

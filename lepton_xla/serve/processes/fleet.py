@@ -12,6 +12,8 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+import msgspec
+
 from lepton_xla.serve.models.changes import Change, State, difference
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import Child
@@ -47,13 +49,19 @@ class Fleet:
         """Has every worker load the versions of a change; returns why some could not be: version -> reason."""
         failed: dict[str, str] = {}
         asked: set[Child] = set()
+        left = change
         # Until every ready worker has prepared: others may have become ready meanwhile.
-        while not failed and (missing := [child for child in self._workers if child.ready and child not in asked]):
+        while missing := [child for child in self._workers if child.ready and child not in asked]:
             now = missing if asked else missing[:1]
             asked.update(now)
-            told = await asyncio.gather(*(self._ask(child, control.Prepare(number, change)) for child in now))
+            told = await asyncio.gather(*(self._ask(child, control.Prepare(number, left)) for child in now))
             for each in told:
                 failed |= each
+            # What one cannot load the others are not asked for; all else they have to have when it is put.
+            load = {version: source for version, source in change.load.items() if version not in failed}
+            if "" in failed or (failed and not load):
+                break
+            left = msgspec.structs.replace(change, load=load)
         if not asked:
             # Nobody knows whether they can be loaded, and a worker that starts would have to.
             failed[""] = "no worker is ready to load it"

@@ -40,7 +40,8 @@ class Fakes:
 
     def __init__(self, sizes, load_s=0.0):
         self.sizes, self.load_s = sizes, load_s
-        self.handles, self.log, self.clock, self.broken = {}, [], 0.0, set()
+        self.handles, self.log, self.clock = {}, [], 0.0
+        self.broken, self.partly_broken = set(), set()
 
     def __iter__(self):
         return iter(self.handles.values())
@@ -67,6 +68,8 @@ class Fakes:
             raise RepositoryError("failed", "its disk is gone")
         self.clock += 1.0
         self.handles[name] = Handle(name, self.sizes[name], self.clock, device)
+        if name in self.partly_broken:
+            raise RepositoryError("invalid", "version 9: it is damaged")
 
     async def unload(self, name, who=""):
         self.log.append(f"-{name}")
@@ -234,6 +237,23 @@ def test_a_model_that_cannot_be_loaded_is_503_and_the_next_request_tries_again()
         return fakes.log
 
     assert asyncio.run(main()) == ["+a", "+a"]
+
+
+def test_a_version_that_cannot_be_loaded_does_not_keep_the_others_from_answering():
+    async def main():
+        fakes, subject = memory({"a": 10, "b": 10, "large": 30}, 10)
+        fakes.partly_broken = {"a", "large"}
+        for name in "bab":
+            await subject.bring(name, lambda name=name: fakes.use(name))
+        with pytest.raises(RepositoryError, match="version 9: it is damaged"):  # who has it loaded is told
+            await subject.load("a")
+        with pytest.raises(HTTPError, match="more than the memory for all"):
+            await subject.bring("large", lambda: None)
+        return fakes.log, subject
+
+    log, subject = asyncio.run(main())
+    assert log == ["+b", "+a", "-b", "-a", "+b", "-b", "+a", "+large", "-large"]
+    assert (subject.loads, subject.evictions) == (5, 3)
 
 
 # Several devices.

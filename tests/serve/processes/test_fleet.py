@@ -99,6 +99,23 @@ def test_what_one_cannot_load_the_others_are_not_asked_for():
     asyncio.run(main())
 
 
+def test_of_several_versions_the_others_are_asked_for_those_that_one_could_load():
+    """All workers have what is put then: a commit that one of them had not prepared would be its end."""
+
+    async def main():
+        run = Run(3)
+        change = Change("m", {"1": ONE, "2": TWO}, labels={"stable": "1"})
+        task = asyncio.ensure_future(run.fleet.prepare(7, change))
+        await run.turn()
+        await run.answer(run.workers[0], **{"2": "torn"})
+        for worker in run.workers[1:]:
+            assert worker.got == [control.Prepare(7, Change("m", {"1": ONE}, labels={"stable": "1"}))]
+            await run.answer(worker)
+        assert await task == {"2": "torn"}
+
+    asyncio.run(main())
+
+
 def test_a_worker_that_dies_has_loaded_nothing_and_one_that_dies_later_does_not_hold_up_the_others():
     async def main():
         run = Run()
