@@ -26,6 +26,7 @@ import journal
 import numpy as np
 import payloads
 import uvloop
+from evictions import best_loads, known_loads, recent_loads
 from loops import on_cores
 from payloads import Payload
 from server_process import Server, free_port
@@ -41,6 +42,8 @@ TARGET_MEMORY, TARGET_HOT, TARGET_THROUGHPUT = 0.1, 2.0, 0.9
 TINY = "tiny"
 # Of requests that are a batch each, which are larger.
 WHOLE_CONNECTIONS = 16
+# Requests of models drawn at random, of which each connection sends a part of its own.
+DRAWN = 50_000
 # Of executions without a server: as many as the batches of 50 models at 64 connections, and as a batch takes.
 BARE_ROWS = (16, 64)
 
@@ -54,11 +57,15 @@ INTRODUCTION = (
     "Zipf's law gives the smallest share goes, which no policy can beat that does not know the requests to come, as "
     "each is drawn independently (Aho, Denning and Ullman, 1971); the one that is needed latest goes (Belady's, which "
     "knows them). The hot models are the five that are asked most.\n\n"
-    "Throughput: the same requests to one model and to several in turn, each connection with one request at a "
-    "time. The server has one core fewer than the machine. Requests of several models make smaller batches, and each "
-    "batch is an execution, which is what costs: below several models stands one whose batches may have no more rows "
-    "than the compiled sizes around their average. What one model would reach in batches of just that average is "
-    "between the two, as a request costs a constant and its part of a batch: the last column compares with that. "
+    "Throughput: the same requests to one model and to several, each connection with one request at a time: to one "
+    "model after the other, so that those which were answered together ask the same model next, or to models drawn at "
+    "random, so that they do not. The server has one core fewer than the machine. Requests of several models make "
+    "smaller batches, and each batch is an execution, which is what costs: below several models stands one whose "
+    "batches may have no more rows than the compiled sizes around their average. What one model would reach in "
+    "batches of just that average is between the two, as a request costs a constant and its part of a batch: the last "
+    "column compares with that. What is left is the look-up of a head that is not the one before of its connection, "
+    "and that each batch finds what its model has for itself (its queue, counters, arrays and weights) out of the "
+    "nearest caches. "
     "Requests that have as many rows as a batch takes make the same batches whoever they are for, so there the price "
     "of several models is all that differs. Models of equal code share it. What it pays by itself for finding each "
     "model's weights out of the nearest caches shows where executions take turns without a server, each after a copy "
@@ -97,61 +104,6 @@ def linear(folder: pathlib.Path, name: str, width: int, columns: int, seed: int)
     path = folder / f"{name}.lepton"
     lx.compile(program, {"batch": (1,)}, name=name).save(path)
     return path
-
-
-def best_loads(sequence: Sequence[str], room: int) -> int:
-    """Loads of the best policy that knows what will come (Belady, 1966), with room for so many models of one size.
-
-    >>> best_loads("abcabc", 2)
-    4
-    """
-    later: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
-    for index, name in enumerate(sequence):
-        later[name].append(index)
-    held: set[str] = set()
-    loads = 0
-    for name in sequence:
-        later[name].popleft()
-        if name not in held:
-            loads += 1
-            if len(held) >= room:
-                held.remove(max(held, key=lambda each: later[each][0] if later[each] else len(sequence)))
-            held.add(name)
-    return loads
-
-
-def recent_loads(sequence: Sequence[str], room: int) -> int:
-    """Loads where the model goes that was asked for longest ago, with room for so many, and one request at a time.
-
-    >>> recent_loads("abcabc", 2)
-    6
-    """
-    held: dict[str, None] = {}  # in the order in which they were asked for
-    loads = 0
-    for name in sequence:
-        loads += name not in held
-        held.pop(name, None)
-        held[name] = None
-        if len(held) > room:
-            del held[next(iter(held))]
-    return loads
-
-
-def known_loads(sequence: Sequence[str], room: int, shares: Mapping[str, float]) -> int:
-    """Loads where the model goes that is asked for with the smallest probability, if these are known.
-
-    >>> known_loads("abacad", 2, {"a": 0.7, "b": 0.1, "c": 0.1, "d": 0.1})
-    4
-    """
-    held: set[str] = set()
-    loads = 0
-    for name in sequence:
-        if name not in held:
-            loads += 1
-            if len(held) >= room:
-                held.remove(min(held, key=lambda each: shares[each]))
-            held.add(name)
-    return loads
 
 
 def figure(server: Server, name: str, model: str | None = None) -> float:
@@ -336,41 +288,41 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
     sizes_compiled = lx.load(path).buckets["batch"]
     whole = requests_of(names, Payload(payload.model, _repeated(payload.rows, sizes_compiled[-1]), payload.outputs))
     server = serve(folder / "MODELS", Payload(names[0], payload.rows, payload.outputs))
+    mixes = {str(count): requests[:count] for count in counts}
+    drawn = np.random.default_rng(0).integers(max(counts), size=DRAWN)
+    mixes[f"{max(counts)}, at random"] = [requests[index] for index in drawn]
     found: dict[str, dict[str, float]] = {}
     batches: dict[str, dict[str, float]] = {}
     alike: dict[str, dict[str, list[list[float]]]] = {}
     whole_rates: dict[int, list[float]] = {count: [] for count in counts}
 
-    def measured(asked: Sequence[Request], at_once: int) -> tuple[float, float]:
+    def measured(these: Sequence[Request], at_once: int) -> tuple[float, float]:
         before = _batches(server)
-        per_s = uvloop.run(rate(server.port, asked, at_once, seconds))
+        per_s = uvloop.run(rate(server.port, these, at_once, seconds))
         rows, executions = (after - then for after, then in zip(_batches(server), before, strict=True))
         return per_s, rows / executions
 
     try:
         with on_cores(slice(-1, None)):
             for at_once in connections:
-                rounds: dict[int, list[float]] = {count: [] for count in counts}
-                sizes: dict[int, list[float]] = {count: [] for count in counts}
+                rounds: dict[str, list[tuple[float, float]]] = {models: [] for models in mixes}
                 for _ in range(3):
-                    for count in counts:
-                        per_s, rows = measured(requests[:count], at_once)
-                        rounds[count].append(per_s)
-                        sizes[count].append(rows)
-                found[str(at_once)] = {str(count): float(np.median(each)) for count, each in rounds.items()}
-                batches[str(at_once)] = {str(count): float(np.median(each)) for count, each in sizes.items()}
+                    for models, these in mixes.items():
+                        rounds[models].append(measured(these, at_once))
+                medians = {models: np.median(each, axis=0).tolist() for models, each in rounds.items()}
+                found[str(at_once)] = {models: per_s for models, (per_s, _) in medians.items()}
+                batches[str(at_once)] = {models: rows for models, (_, rows) in medians.items()}
                 alike[str(at_once)] = {}
-                for count in counts[1:]:
-                    at = bisect.bisect_left(sizes_compiled, batches[str(at_once)][str(count)])
+                for models in [*mixes][1:]:
+                    at = bisect.bisect_left(sizes_compiled, batches[str(at_once)][models])
                     around = sorted(
                         {sizes_compiled[min(max(each, 0), len(sizes_compiled) - 1)] for each in (at - 1, at)}
                     )
-                    alike[str(at_once)][str(count)] = []
+                    alike[str(at_once)][models] = []
                     for most in around:
                         _limit(server, names[0], most)
                         of_three = [measured(requests[:1], at_once) for _ in range(3)]
-                        medians = [float(each) for each in np.median(of_three, axis=0)]
-                        alike[str(at_once)][str(count)].append([most, *medians])
+                        alike[str(at_once)][models].append([most, *np.median(of_three, axis=0).tolist()])
                 _limit(server, names[0], sizes_compiled[-1])
             for _ in range(3):
                 for count in counts:
@@ -387,6 +339,8 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
 def in_batches_of(rows: float, measured: Sequence[Sequence[float]]) -> float:
     """Requests per second in batches of so many rows: what a request costs is linear in batches per row.
 
+    Beyond those that were measured nothing is guessed.
+
     Args:
         rows: of a batch.
         measured: the limit, requests per second and rows of a batch, of one or two.
@@ -397,7 +351,7 @@ def in_batches_of(rows: float, measured: Sequence[Sequence[float]]) -> float:
     (_, rate, at), (_, other, beyond) = measured[0], measured[-1]
     if at == beyond:
         return rate
-    part = (1 / rows - 1 / at) / (1 / beyond - 1 / at)
+    part = min(max((1 / rows - 1 / at) / (1 / beyond - 1 / at), 0.0), 1.0)
     return 1 / (1 / rate + part * (1 / other - 1 / rate))
 
 
