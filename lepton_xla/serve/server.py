@@ -90,6 +90,7 @@ class Server:
     ) -> None:
         self.options = options or Options()
         self._access = self.options.access()
+        self.options.rules()  # what is wrong with them is said before models are loaded
         self.address: tuple[str, int] = (self.options.host, self.options.port)
         self._engines = _engines(models if isinstance(models, Sequence) else [models], self.options.name)
         self.metrics = ServerMetrics()

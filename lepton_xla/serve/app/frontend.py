@@ -19,7 +19,6 @@ from lepton_xla.serve.http.server_state import ServerState
 from lepton_xla.serve.models.records import Records
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.monitor.monitoring import WATCHED, Monitoring, Watched
-from lepton_xla.serve.monitor.rules import Rules
 from lepton_xla.serve.observe.access_log import AccessLog
 from lepton_xla.serve.observe.metrics import DEVICES, added
 from lepton_xla.serve.observe.observer import Observer, watching
@@ -90,8 +89,7 @@ class HTTPFrontEnd:
             invite=self._app.invite, refused=self._app.refused, always=OPEN_PATHS,
         )  # fmt: skip
         metrics.watch(self._figures)
-        rules = None if options.alerts is None else Rules.load(options.alerts)
-        metrics.monitoring = Monitoring(rules, url_of((options.host, options.port), options), sends=sends)
+        metrics.monitoring = Monitoring(options.rules(), url_of((options.host, options.port), options), sends=sends)
         self._gather: Gather = gather or (lambda then: then(metrics))
         self._director: Director | None = None
         self._revoked: dict[tuple[str, str], asyncio.Task[bool]] = {}

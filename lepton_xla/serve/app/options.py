@@ -11,6 +11,7 @@ from lepton_xla.errors import ServeError
 from lepton_xla.serve.access.access import Access
 from lepton_xla.serve.access.tls import TlsFiles
 from lepton_xla.serve.limits import Limits
+from lepton_xla.serve.monitor.rules import Rules
 from lepton_xla.serve.observe.tracing import check_endpoint
 from lepton_xla.serve.protocol.metadata import SERVER_NAME
 from lepton_xla.serve.protocol.routes import TOKENLESS_PATHS
@@ -139,6 +140,14 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ServeError(f"{name} must be positive, or None for no bound, not {value!r}")
+
+    def rules(self) -> Rules | None:
+        """Read the alert rules, if there are some.
+
+        Raises:
+            ServeError: see `Rules.load`.
+        """
+        return None if self.alerts is None else Rules.load(self.alerts)
 
     def access(self) -> Access:
         """Read the files that say who may ask.

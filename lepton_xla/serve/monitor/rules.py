@@ -247,7 +247,8 @@ def parse_condition(text: str) -> Condition:
         raise ServeError(f"{text!r}: {name} needs a class, as in {name}(3)")
     if found["unit"] not in quantity.units:
         units = ", ".join(unit or "none" for unit in quantity.units)
-        raise ServeError(f"{text!r}: {name} has no unit {found['unit']!r}; its units: {units}")
+        what = f"has no unit {found['unit']!r}" if found["unit"] else "needs a unit"
+        raise ServeError(f"{text!r}: {name} {what}; its units: {units}")
     operator: Any = found["operator"]
     return Condition(
         quantity=name,

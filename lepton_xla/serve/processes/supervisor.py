@@ -78,6 +78,7 @@ class Supervisor:
         self._settings = control.Settings(artifact, options, workers, json_logs, folder)
         self._options = options
         self._access = options.access()
+        options.rules()  # what is wrong with them is said before workers are started
         self._workers = [Child(f"worker {number + 1}") for number in range(workers)]
         self._tally = Tally(self._workers)
         self._verdicts = Verdicts(self._workers)

@@ -141,10 +141,10 @@ def test_a_server_that_does_not_monitor(make_server, classifier):
     assert call(server, "GET", "/v2/models/largest/monitor")[1]["drift"] == []
 
 
-def test_rules_that_do_not_parse_stop_the_server_at_its_start(classifier, tmp_path):
+def test_rules_that_do_not_parse_stop_the_server_before_it_loads_anything(classifier, tmp_path):
     (tmp_path / "alerts.toml").write_text("[[rule]]\nname = 'a'\nwhen = 'p99 > soon'")
     with pytest.raises(lx.errors.ServeError, match="rule 1"):
-        lx.serve.Server(classifier, lx.serve.Options(port=0, alerts=tmp_path / "alerts.toml")).start()
+        lx.serve.Server(classifier, lx.serve.Options(port=0, alerts=tmp_path / "alerts.toml"))
 
 
 # Another artifact in the place of a version.
