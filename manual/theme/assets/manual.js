@@ -2,6 +2,13 @@
 (() => {
   document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
 
+  // Sections with a page of their own have an empty label, so that their lists have no name.
+  for (const nav of document.querySelectorAll("nav.md-nav[aria-labelledby]")) {
+    if (document.getElementById(nav.getAttribute("aria-labelledby"))?.textContent.trim()) continue;
+    nav.setAttribute("aria-label", nav.querySelector(".md-nav__title")?.textContent.trim() || "Section");
+    nav.removeAttribute("aria-labelledby");
+  }
+
   // What scrolls sideways can be reached with a keyboard, and the buttons of each block of code have a name.
   function reach() {
     document.querySelectorAll(".md-code__nav").forEach((nav, n) => nav.setAttribute("aria-label", `Code ${n + 1}`));
