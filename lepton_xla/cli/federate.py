@@ -141,7 +141,7 @@ def simulate(
                 click.echo(round_line(done))
 
         result = federated.simulate(spec, parts, settings, checkpoint=kept, report=report)
-    finish(spec, result, given, output, overwrite=overwrite, as_json=as_json)
+    finish(spec, settings, result, given, output, overwrite=overwrite, as_json=as_json)
 
 
 @federate.command("server")
@@ -238,7 +238,7 @@ def server(
         processes.run_server(place, config, host=host, port=port, tls=tls, authorities=authorities, watch=watch)
     with CheckpointFolder(checkpoints(place), coordinator.identity()) as saved:
         result = coordinator.run(lambda round_, vector: (), saved)  # all rounds are done: reads the last
-    finish(spec, result, given, output, overwrite=overwrite, as_json=as_json)
+    finish(spec, settings, result, given, output, overwrite=overwrite, as_json=as_json)
 
 
 @federate.command("client")
@@ -328,6 +328,7 @@ def changed_settings(spec: FederatedSpec, changes: dict[str, Any]) -> Federation
 
 def finish(
     spec: FederatedSpec,
+    settings: Federation,
     result: Result,
     buckets: dict[str, tuple[int, ...]],
     output: str | None,
@@ -359,6 +360,8 @@ def finish(
         )
     if output is not None:
         click.echo(f"wrote {output}")
+        if settings.personal:
+            click.echo("  the weights that stay with the clients have their first values in it", err=True)
 
 
 def round_line(done: RoundReport) -> str:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.cli.federate import federate
+from lepton_xla.cli.federate import federate, round_line
+from lepton_xla.federated import RoundReport
 from lepton_xla.federated.settings import FORMATS
 
 FILE = """
@@ -42,6 +43,11 @@ def test_simulates_and_writes_an_artifact(cli, tmp_path, target):
     servable = lx.load(tmp_path / "net.lepton")
     assert servable(x=np.eye(4, dtype=np.float32)[:3])["output"].argmax(-1).tolist() == [0, 1, 2]
     assert cli.ok("federate", "simulate", target, *options) == ""  # the run is done, and nothing is left to do
+
+
+def test_the_line_of_a_round_says_why_one_was_left_out():
+    done = RoundReport(3, 2, {"7": "it says it has inf rows", "9": "gone"}, 20, {}, {}, 80, 80, None, 0.5)
+    assert round_line(done) == "round 3: 2 clients, 2 refused (it says it has inf rows), 80 B sent"
 
 
 @pytest.mark.parametrize(
