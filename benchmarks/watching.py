@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import http.client
+import itertools
 import json
 import pathlib
 import statistics
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import harness
+import jax
 import journal
 import models
 import numpy as np
@@ -34,6 +36,7 @@ TARGET_DRIFT, TARGET_FEEDBACK = 0.03, 0.05
 RULE = "drift > 0.2"
 WITHIN, CLEAN = 500, 100_000
 KINDS = ("nothing", "sketches", "nothing, ids", "feedback")
+WIDTHS: Mapping[str, Sequence[int]] = {"MLP": (784, 1024, 1024, 10), "product": (784, 10)}
 ANSWERED = "lepton_inference_requests_total"
 # Requests between two looks at the counters: of a server that gets a hundred a second.
 LOOK = 100
@@ -47,11 +50,12 @@ INTRODUCTION = (
     "of the clean ones before."
 )
 _COSTS = (
-    "Cost: a product of 784 numbers and a matrix with 10 columns, requests of one row, 64 connections with a request "
-    "each at a time. Servers of the same artifact take turns: one does not monitor, one counts the rows into the "
-    "sketches of a profile, one keeps the answers of requests that have ids and gets the right answer of every one, in "
-    "bodies of 1,000, whose time is added. Rates, and the server's processor time of a request, are compared within "
-    "each round; the table has the medians of the ratios. The server has one core fewer than the machine."
+    "Cost: the MLP of the swaps above, and a product of 784 numbers and a matrix with 10 columns, the least that a "
+    "model can be; requests of one row, 64 connections with a request each at a time. Servers of the same artifact "
+    "take turns: one does not monitor, one counts the rows into the sketches of a profile, one keeps the answers of "
+    "requests that have ids and gets the right answer of every one, in bodies of 1,000, whose time is added. Rates, "
+    "and the server's processor time of a request, are compared within each round; the table has the medians of the "
+    "ratios. The server has one core fewer than the machine."
 )
 
 
@@ -72,27 +76,46 @@ def requests_of(payload: Payload, ids: Sequence[str | None]) -> list[Request]:
 
 def feedback_s(server: Server, payload: Payload, ids: Sequence[str], label: int) -> float:
     """Seconds that the right answers of all requests take."""
-    url = f"http://127.0.0.1:{server.port}/v2/models/{payload.model}/feedback"
+    bodies = [
+        json.dumps({"feedback": [{"id": each, "label": label} for each in ids[start : start + PER_BODY]]}).encode()
+        for start in range(0, len(ids), PER_BODY)
+    ]
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     began = time.perf_counter()
-    for start in range(0, len(ids), PER_BODY):
-        body = json.dumps({"feedback": [{"id": each, "label": label} for each in ids[start : start + PER_BODY]]})
-        with urllib.request.urlopen(urllib.request.Request(url, body.encode()), timeout=20) as answer:
+    for body in bodies:
+        connection.request("POST", f"/v2/models/{payload.model}/feedback", body)
+        with connection.getresponse() as answer:
+            answer.read()
             assert answer.status == 200
+    connection.close()
     return time.perf_counter() - began
 
 
-def costs(folder: pathlib.Path, rounds: int, seconds: float, ids_each: int) -> dict[str, Any]:
+def program_of(widths: Sequence[int]) -> lx.Program:
+    """Products of these widths, with ReLU between them."""
+    draw = np.random.default_rng(0)
+    weights = [
+        draw.normal(size=shape, scale=shape[0] ** -0.5).astype(np.float32) for shape in itertools.pairwise(widths)
+    ]
+
+    def fn(weights: Sequence[Any], x: Any) -> dict[str, Any]:
+        for each in weights[:-1]:
+            x = jax.nn.relu(x @ each)
+        return {"y": x @ weights[-1]}
+
+    return lx.trace(fn, weights, {"x": lx.TensorSpec(("batch", widths[0]), "float32")})
+
+
+def costs(folder: pathlib.Path, widths: Sequence[int], rounds: int, seconds: float, ids_each: int) -> dict[str, Any]:
     """Requests per second with and without monitoring, in turn."""
     draw = np.random.default_rng(0)
-    weights = draw.normal(size=(784, 10)).astype(np.float32)
-    program = lx.trace(lambda weights, x: {"y": x @ weights}, weights, {"x": lx.TensorSpec(("batch", 784), "float32")})
-    artifact = lx.compile(program, {"batch": (1, 2, 4, 8, 16, 32, 64)}, name="product")
+    artifact = lx.compile(program_of(widths), {"batch": (1, 2, 4, 8, 16, 32, 64)}, name="product")
     path, profiled = folder / "plain.lepton", folder / "profiled.lepton"
     artifact.save(path)
-    artifact.with_profile([{"x": draw.random((2000, 784), np.float32)}]).save(profiled)
-    row = draw.random((1, 784), np.float32)
-    payload = Payload("product", {"x": row}, {"y": row @ weights})
-    label = int(np.argmax(next(iter(payload.outputs.values()))))
+    artifact.with_profile([{"x": draw.random((2000, widths[0]), np.float32)}]).save(profiled)
+    row = draw.random((1, widths[0]), np.float32)
+    payload = Payload("product", {"x": row}, lx.load(path)(x=row))
+    label = int(np.argmax(payload.outputs["y"]))
     ids = [f"{number:08}" for number in range(CONNECTIONS * ids_each)]
     plain, named = requests_of(payload, [None]), requests_of(payload, ids)
     servers: dict[str, Server] = {}
@@ -177,10 +200,15 @@ def measure(options: argparse.Namespace) -> Iterator[Any]:
     kept = journal.opened("operations-monitor", options, "seconds")
     found: dict[str, Any] = {"detections": kept.row("detections", lambda: detections(options.quick))}
     yield found
-    sizes = (2, 0.4, 4) if options.quick else (15, options.seconds / 4, 100)
-    with tempfile.TemporaryDirectory() as name:
-        found["costs"] = kept.row("costs", lambda: costs(pathlib.Path(name), *sizes))
-    yield found
+    sizes = (2, 0.4, 4) if options.quick else (15, options.seconds / 4, 40)
+    found["costs"] = {}
+    for name, widths in (WIDTHS if not options.quick else {"product": (784, 10)}).items():
+        with tempfile.TemporaryDirectory() as folder:
+            found["costs"][name] = kept.row(
+                f"costs of {name}",
+                lambda widths=widths, folder=folder: costs(pathlib.Path(folder), widths, *sizes),
+            )  # fmt: skip
+        yield found
 
 
 def ratios(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
@@ -205,14 +233,16 @@ def tables(found: Any) -> list[str]:
     if "costs" in found:
         pairs = (("sketches", "nothing", TARGET_DRIFT), ("feedback", "nothing, ids", TARGET_FEEDBACK))
         lines = []
-        for name, base, target in pairs:
-            watched, other = found["costs"][name], found["costs"][base]
-            low, middle, high = ratios(watched["rate"], other["rate"])
-            lines.append((
-                name, f"{statistics.median(watched['rate']):,.0f}", f"{statistics.median(other['rate']):,.0f}",
-                f"{middle:.3f} (at least {1 - target:g})", f"{low:.3f} to {high:.3f}",
-                f"{ratios(watched['cpu_us'], other['cpu_us'])[1]:.3f}",
-            ))  # fmt: skip
-        header = ("watched", "requests/s", "requests/s, not watched", "ratio", "quartiles", "processor time, ratio")
+        for model, each in found["costs"].items():
+            for name, base, target in pairs:
+                watched, other = each[name], each[base]
+                low, middle, high = ratios(watched["rate"], other["rate"])
+                lines.append((
+                    model, name, f"{statistics.median(watched['rate']):,.0f}",
+                    f"{statistics.median(other['rate']):,.0f}", f"{middle:.3f} (at least {1 - target:g})",
+                    f"{low:.3f} to {high:.3f}", f"{ratios(watched['cpu_us'], other['cpu_us'])[1]:.3f}",
+                ))  # fmt: skip
+        header = ("model", "watched", "requests/s", "requests/s, not watched", "ratio", "quartiles",
+                  "processor time, ratio")  # fmt: skip
         made += [_COSTS, harness.markdown(header, lines)]
     return made

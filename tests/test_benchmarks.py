@@ -179,7 +179,7 @@ def test_what_watching_costs_and_finds(tmp_path: pathlib.Path) -> None:
     assert rows.pop("clean")["alert_after"] is None
     assert all(0 < row["alert_after"] <= 500 for row in rows.values())
     assert rows["inverted"]["accuracy"] < rows["inverted"]["clean_accuracy"]
-    assert {name: len(row["rate"]) for name, row in found["costs"].items()} == dict.fromkeys(
+    assert {name: len(row["rate"]) for name, row in found["costs"]["product"].items()} == dict.fromkeys(
         ("nothing", "sketches", "nothing, ids", "feedback"), 2
     )
 

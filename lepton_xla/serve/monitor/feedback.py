@@ -55,6 +55,7 @@ class Feedback:
         self._most = most
         self._most_bytes = most_bytes
         self._read = type(self), dtype, classes
+        self._row_bytes = dtype.itemsize * classes
         # In the place of an answer that was judged, a hash of its labels: the same may come again, others may not.
         self._answers: OrderedDict[str, bytes | int] = OrderedDict()
         self._bytes = 0
@@ -79,8 +80,8 @@ class Feedback:
             self._propensities.pop(request_id, None)
         if len(output) > self._most_bytes // 16 or len(request_id) > MAX_ID:
             return
-        answers[request_id] = kept = bytes(output)
-        self._bytes += _size(request_id, kept)
+        answers[request_id] = bytes(output)
+        self._bytes += len(request_id) + len(output)
         if propensity:
             self._propensities[request_id] = propensity
         while len(answers) > self._most or self._bytes > self._most_bytes:
@@ -143,14 +144,15 @@ class Feedback:
         return held
 
     def _check(self, right: Sequence[int | str], kept: bytes) -> None:
-        classes = [each for each in right if not isinstance(each, str)]
-        if len(classes) < len(right):
-            raise HTTPError(400, "a label is a text; this model's are classes")
-        row_bytes = self._dtype.itemsize * self._classes
-        if len(right) * row_bytes != len(kept):
-            rows = len(kept) // row_bytes
+        known = True
+        for each in right:
+            if isinstance(each, str):
+                raise HTTPError(400, "a label is a text; this model's are classes")
+            known = known and 0 <= each < self._classes
+        if len(right) * self._row_bytes != len(kept):
+            rows = len(kept) // self._row_bytes
             raise HTTPError(400, f"the request had {rows} rows, the feedback has {len(right)} labels")
-        if classes and not 0 <= min(classes) <= max(classes) < self._classes:
+        if not known:
             raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
 
     def _answers_of(self, kept: Sequence[bytes]) -> Sequence[int | str]:
