@@ -48,6 +48,21 @@ inline Ints widen_unsigned(const uint8_t* from) {
 #endif
 }
 
+// Floats of 16 bits, the upper halves of those of 32.
+inline Floats widen_bfloat16(const uint16_t* from) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Floats)_mm512_slli_epi32(wide, 16);
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Floats)_mm256_slli_epi32(wide, 16);
+#else
+  Ints wide;
+  for (int lane = 0; lane < kLanes; ++lane) wide[lane] = static_cast<int32_t>(static_cast<uint32_t>(from[lane]) << 16);
+  return (Floats)wide;
+#endif
+}
+
 inline Floats as_floats(Ints values) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps((__m512i)values);

@@ -2,11 +2,12 @@
 //
 // A product of few rows takes as long as reading the weight does, so the codes are read once, in order, and become floats
 // in registers. A tile of up to kBlock rows of codes and a few vectors of columns is multiplied with up to kRows rows of
-// activations, all sums in registers; meanwhile the next tile is fetched, since rows are too far apart for the
-// processor to foresee.
+// activations, all sums in registers; meanwhile the tile after the next is fetched, since rows are too far apart for the
+// processor to foresee, and the next one would not be there yet when it is wanted.
 #include "weight_only.h"
 
 #include "finish.h"
+#include "weight_only_rounded.h"
 
 namespace lepton::VARIANT {
 namespace {
@@ -17,23 +18,15 @@ constexpr int kSums = kRegisters == 32 ? 24 : 12;    // registers for sums
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-float widened(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-float scale_at(const WeightOnly& p, int64_t index) {
-  if (p.narrow_scale) return widened(static_cast<const uint16_t*>(p.scale)[index]);
-  return static_cast<const float*>(p.scale)[index];
-}
-
 // Scales of `kLanes` columns of a group, from `column` on, of which `count` are there.
 Floats scales(const WeightOnly& p, int64_t group, int64_t column, int count) {
   Floats found;
   if (p.one_scale) return Floats{} + scale_at(p, group);
-  if (!p.narrow_scale && count == kLanes) return load(static_cast<const float*>(p.scale) + group * p.n + column);
+  if (count == kLanes) {
+    const int64_t at = group * p.n + column;
+    if (!p.narrow_scale) return load(static_cast<const float*>(p.scale) + at);
+    return widen_bfloat16(static_cast<const uint16_t*>(p.scale) + at);
+  }
   for (int lane = 0; lane < kLanes; ++lane) found[lane] = lane < count ? scale_at(p, group * p.n + column + lane) : 0;
   return found;
 }
@@ -41,6 +34,7 @@ Floats scales(const WeightOnly& p, int64_t group, int64_t column, int count) {
 struct Eight {
   static constexpr int kBits = 8, kParts = 1;
   explicit Eight(const float*) {}
+  static bool linear(const float*) { return true; }
   template <int NR>
   void decode(const uint8_t* from, Floats (&to)[kParts][NR]) const {
 #pragma GCC unroll 8
@@ -52,6 +46,12 @@ struct Four {
   static constexpr int kBits = 4, kParts = 2;
   Table table;
   explicit Four(const float* levels) : table(levels) {}
+  // Whether codes are integers in two's complement.
+  static bool linear(const float* levels) {
+    for (int code = 0; code < 16; ++code)
+      if (levels[code] != static_cast<float>(code < 8 ? code : code - 16)) return false;
+    return true;
+  }
   template <int NR>
   void decode(const uint8_t* from, Floats (&to)[kParts][NR]) const {
 #pragma GCC unroll 8
@@ -83,7 +83,7 @@ void tile(const WeightOnly& p, const Decoder& decoder, const Block& block, const
   if (kParts == 2 && block.parts == 1) x[kParts - 1] = x[0];  // what is read there is not used
   for (int r = 0; r < block.count; ++r) {
 #pragma GCC unroll 2
-    for (int at = 0; at < NR * kLanes; at += 64) __builtin_prefetch(next + r * p.n + at);
+    for (int at = 0; at < NR * kLanes; at += 64) __builtin_prefetch(next + r * p.n + at, 0, 2);
     Floats values[kParts][NR];
     decoder.template decode<NR>(codes + r * codes_stride, values);
 #pragma GCC unroll 2
@@ -142,11 +142,12 @@ void rows(const WeightOnly& p, const Decoder& decoder, const Block& block, int64
   const int64_t after = block.first + block.count;
   const uint8_t* below = p.codes + (after + block.count <= p.packed_rows(Decoder::kBits) ? after : block.first) * p.n;
   const int64_t start = column;
-  for (; column + kWide * kLanes <= column_end; column += kWide * kLanes) {
-    const bool last = column + 2 * kWide * kLanes > column_end;
-    const uint8_t* next = last ? below + start : codes + column + kWide * kLanes;
-    tile<Decoder, MR, kWide>(p, decoder, block, codes + column, p.n, row, column, kWide * kLanes,
-                             p.y + row * p.n + column, p.n, next);
+  constexpr int64_t kWidth = kWide * kLanes;
+  for (; column + kWidth <= column_end; column += kWidth) {
+    const int64_t ahead = column + 2 * kWidth;
+    const uint8_t* next = ahead + kWidth <= column_end ? codes + ahead : below + start + (ahead <= column_end ? 0 : kWidth);
+    tile<Decoder, MR, kWide>(p, decoder, block, codes + column, p.n, row, column, kWidth, p.y + row * p.n + column, p.n,
+                             next);
   }
   for (; column + kLanes <= column_end; column += kLanes)
     tile<Decoder, MR, 1>(p, decoder, block, codes + column, p.n, row, column, kLanes, p.y + row * p.n + column, p.n,
@@ -156,9 +157,82 @@ void rows(const WeightOnly& p, const Decoder& decoder, const Block& block, int64
 }
 
 template <class Decoder>
+void block_of_floats(const WeightOnly& p, const Decoder& decoder, const Block& block, int64_t row, int64_t row_end,
+                     int64_t column, int64_t column_end) {
+  for (int64_t at = row; at < row_end; at += kRows) {
+    switch (smaller(kRows, static_cast<int>(row_end - at < kRows ? row_end - at : kRows))) {
+      case 1: rows<Decoder, 1>(p, decoder, block, at, column, column_end); break;
+      case 2: rows<Decoder, 2>(p, decoder, block, at, column, column_end); break;
+      case 3: rows<Decoder, 3>(p, decoder, block, at, column, column_end); break;
+      case 4: rows<Decoder, 4>(p, decoder, block, at, column, column_end); break;
+#if defined(__AVX512F__)
+      case 5: rows<Decoder, 5>(p, decoder, block, at, column, column_end); break;
+      case 6: rows<Decoder, 6>(p, decoder, block, at, column, column_end); break;
+      case 7: rows<Decoder, 7>(p, decoder, block, at, column, column_end); break;
+      case 8: rows<Decoder, 8>(p, decoder, block, at, column, column_end); break;
+#endif
+    }
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// The same with rounded activations, for up to kRoundedRows rows; in floats for rows that cannot be rounded.
+template <class Decoder>
+void block_of_integers(const WeightOnly& p, const Decoder& decoder, const Block& block, int64_t row, int64_t row_end,
+                       int64_t column, int64_t column_end) {
+  constexpr int kParts = Decoder::kParts, kWidth = kPanel * kLanes;
+  const int64_t packed = p.packed_rows(Decoder::kBits), after = block.first + block.count;
+  const int pairs = (block.count + 1) / 2;
+  Rounded x;
+  for (int64_t at = row; at < row_end; ++at) {
+    bool fits = true;
+    for (int part = 0; part < block.parts && fits; ++part)
+      fits = round_row(p.x + at * p.k + block.first + part * packed, block.count, part, kParts, 1 << (Decoder::kBits - 1),
+                       static_cast<int>(at - row), x);
+    x.fits[at - row] = fits;
+  }
+  const uint8_t* codes = p.codes + block.first * p.n;
+  const uint8_t* below = after + block.count <= packed ? p.codes + after * p.n : nullptr;
+  for (int64_t at = column; at < column_end; at += kWidth) {
+    const int64_t end = at + kWidth < column_end ? at + kWidth : column_end;
+    const __mmask64 columns = ~0ull >> (kWidth - (end - at));
+    Panel<kParts> panel;
+    unpack<kParts>(codes + at, p.n, block.count, columns, panel);
+    __m512 scale[kParts][kPanel];
+    for (int part = 0; part < block.parts; ++part)
+      for (int j = 0; j < kPanel; ++j)
+        scale[part][j] = panel_scales(p, block.groups[part], at + j * kLanes, static_cast<__mmask16>(columns >> (j * kLanes)));
+    const uint8_t* next = below == nullptr ? nullptr : below + column + (end < column_end ? 0 : kWidth);
+    if (at + 2 * kWidth < column_end) next = codes + at + 2 * kWidth;
+    for (int64_t r = row; r < row_end; r += kRoundedTile, next = nullptr) {
+      const int count = static_cast<int>(row_end - r < kRoundedTile ? row_end - r : kRoundedTile);
+      const int from = static_cast<int>(r - row);
+      bool fits = true;
+      for (int i = 0; i < count; ++i) fits = fits && x.fits[from + i];
+      if (!fits) {
+        block_of_floats(p, decoder, block, r, r + count, at, end);
+        continue;
+      }
+      const auto multiply = count == 1 ? rounded_tile<kParts, 1>
+                          : count == 2 ? rounded_tile<kParts, 2>
+                          : count == 3 ? rounded_tile<kParts, 3>
+                                       : rounded_tile<kParts, 4>;
+      multiply(x, from, panel, pairs, block.parts, scale, columns, block.first == 0, p.y + r * p.n + at, p.n, next, p.n);
+    }
+  }
+}
+#endif
+
+template <class Decoder>
 void part(const WeightOnly& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
   const Decoder decoder(p.levels);
   const int64_t packed = p.packed_rows(Decoder::kBits), depth = p.k / p.groups;
+  int most = kBlock;
+#if defined(__AVX512VNNI__)
+  const int64_t count = row_end - row;
+  const bool rounds = count >= kFewestRounded && count <= kRoundedRows && Decoder::linear(p.levels);
+  if (rounds) most = 2 * kPairs / Decoder::kParts;
+#endif
   for (int64_t first = 0; first < packed;) {
     Block block{first, 0, 1, {first / depth, 0}};
     // Up to where one of the parts enters its next group, or the last byte whose high half is not used.
@@ -171,22 +245,16 @@ void part(const WeightOnly& p, int64_t row, int64_t row_end, int64_t column, int
       if (p.k - packed < end) end = p.k - packed;
     }
     if (packed < end) end = packed;
-    if (first + kBlock < end) end = first + kBlock;
+    if (first + most < end) end = first + most;
     block.count = static_cast<int>(end - first);
-    for (int64_t at = row; at < row_end; at += kRows) {
-      switch (smaller(kRows, static_cast<int>(row_end - at < kRows ? row_end - at : kRows))) {
-        case 1: rows<Decoder, 1>(p, decoder, block, at, column, column_end); break;
-        case 2: rows<Decoder, 2>(p, decoder, block, at, column, column_end); break;
-        case 3: rows<Decoder, 3>(p, decoder, block, at, column, column_end); break;
-        case 4: rows<Decoder, 4>(p, decoder, block, at, column, column_end); break;
-#if defined(__AVX512F__)
-        case 5: rows<Decoder, 5>(p, decoder, block, at, column, column_end); break;
-        case 6: rows<Decoder, 6>(p, decoder, block, at, column, column_end); break;
-        case 7: rows<Decoder, 7>(p, decoder, block, at, column, column_end); break;
-        case 8: rows<Decoder, 8>(p, decoder, block, at, column, column_end); break;
-#endif
-      }
+#if defined(__AVX512VNNI__)
+    if (rounds) {
+      block_of_integers(p, decoder, block, row, row_end, column, column_end);
+      first = end;
+      continue;
     }
+#endif
+    block_of_floats(p, decoder, block, row, row_end, column, column_end);
     first = end;
   }
   for (int64_t at = row; p.k == 0 && at < row_end; ++at)

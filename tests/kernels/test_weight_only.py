@@ -39,12 +39,14 @@ def array(*shape, seed=1):
 
 
 def check(got, x, weight):
-    """Within the rounding of float32 sums of the product in float64."""
-    values = np.asarray(weight.dequantize(), np.float64)
-    bound = 1e-6 * (np.abs(x.astype(np.float64)) @ np.abs(values)) + 1e-30
+    """Within rounding of the product in float64: of float32 sums, and of activations of several rows to 16 bits."""
+    values, exact = np.asarray(weight.dequantize(), np.float64), x.astype(np.float64)
+    bound = 1e-6 * (np.abs(exact) @ np.abs(values)) + 1e-30
+    if len(x) > 3 and FORMATS[weight.format].kind == "int":
+        bound += np.abs(exact).max(axis=1, keepdims=True, initial=0) / 65000 * np.abs(values).sum(axis=0)
     assert got.shape == (x.shape[0], weight.shape[1])
     assert got.dtype == jnp.float32
-    assert np.all(np.abs(np.asarray(got, np.float64) - x.astype(np.float64) @ values) <= bound)
+    assert np.all(np.abs(np.asarray(got, np.float64) - exact @ values) <= bound)
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -95,12 +97,15 @@ def test_rows_of_zeros_nan_and_infinities_stay_in_their_rows(variants, name):
         np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
 
 
-def test_the_largest_values_do_not_overflow(variants):
-    """The scale is applied to sums, so sums of codes times activations must fit."""
-    weight = QTensor(jnp.full((64, 5), 127, jnp.int8), jnp.full((1, 5), 1e-30, jnp.float32), "int8", 64)
-    x = np.full((2, 64), 1e34, np.float32)
-    for _ in variants():
-        check(weight_only.multiply(jnp.asarray(x), weight), x, weight)
+@pytest.mark.parametrize(("size", "scale"), [(1e34, 1e-30), (1e29, 1.0), (1e-34, 1.0)])
+def test_the_largest_and_smallest_values_stay(variants, size, scale):
+    """The scale is applied to sums, so sums of codes times activations must fit; in integers too."""
+    weight = QTensor(jnp.full((300, 5), 127, jnp.int8), jnp.full((1, 5), scale, jnp.float32), "int8", 300)
+    x = np.full((5, 300), size, np.float32)
+    x[1] *= -1
+    for rows in (2, 5):
+        for _ in variants():
+            check(weight_only.multiply(jnp.asarray(x[:rows]), weight), x[:rows], weight)
 
 
 def test_transformations(kernels):
@@ -114,7 +119,7 @@ def test_transformations(kernels):
         jax.lax.scan(lambda _, part: (_, weight_only.multiply(*part)), 0, (x, several))[1],
         jax.jit(jax.vmap(lambda part: weight_only.multiply(part, weight), in_axes=1, out_axes=1))(x),
     ):
-        np.testing.assert_allclose(made, expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(made, expected, rtol=0, atol=1e-2)
 
 
 def test_what_is_lowered_calls_the_kernel_only_where_it_may(kernels, monkeypatch):
@@ -137,7 +142,7 @@ def test_a_sharded_product(kernels):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     cut = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
     whole = jax.device_put(weight, jax.NamedSharding(mesh, jax.P()))
-    np.testing.assert_allclose(jax.jit(weight_only.multiply)(cut, whole), x @ weight.dequantize(), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(jax.jit(weight_only.multiply)(cut, whole), x @ weight.dequantize(), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize(
