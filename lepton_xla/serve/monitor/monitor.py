@@ -19,7 +19,8 @@ _log = logging.getLogger("lepton_xla.serve")
 # Rows are counted in groups, since NumPy's overhead is that of a call.
 _GROUP_ROWS = 256
 _GROUP_BYTES = 16 << 20
-# Counting takes at most this share of the time; rows beyond are left out, evenly. Some time is saved up for bursts.
+# Copying and counting take at most this share of the time; rows beyond are left out, evenly. Some time is saved up for
+# bursts.
 _SHARE = 0.02
 _SAVED_S = 0.05
 
@@ -77,7 +78,10 @@ class Monitor:
         if self._sketch is None or self.signature.batch is None:
             return
         with self._lock:
-            if not self._allowed():
+            started = self._clock()
+            self._allowance_s = min(_SAVED_S, self._allowance_s + _SHARE * (started - self._last_s))
+            self._last_s = started
+            if self._allowance_s <= 0:
                 return
             if self._inputs and [array.shape[1:] for array in self._inputs[-1]] != [each.shape[1:] for each in inputs]:
                 self._count()
@@ -87,15 +91,9 @@ class Monitor:
             self._bytes += sum(array.nbytes for array in (*self._inputs[-1], *self._outputs[-1]))
             if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
                 self._count()
-
-    def _allowed(self) -> bool:
-        now = self._clock()
-        self._allowance_s = min(_SAVED_S, self._allowance_s + _SHARE * (now - self._last_s))
-        self._last_s = now
-        return self._allowance_s > 0
+            self._allowance_s -= self._clock() - started
 
     def _count(self) -> None:
-        started = self._clock()
         inputs, outputs = self._inputs, self._outputs
         self._inputs, self._outputs, self._rows, self._bytes = [], [], 0, 0
         assert self._sketch is not None
@@ -108,7 +106,6 @@ class Monitor:
             # What is counted must never fail an answer.
             _log.exception("the inputs and outputs of %s could not be counted", self.signature.name)
             self._sketch = None
-        self._allowance_s -= self._clock() - started
 
     def answered(
         self,
@@ -138,7 +135,9 @@ class Monitor:
         """
         with self._lock:
             if self._rows:
+                started = self._clock()
                 self._count()
+                self._allowance_s -= self._clock() - started
             found: dict[str, Any] = {}
             if self._sketch is not None and self.profile is not None:
                 found["sketch"] = {self.profile.bins: self._sketch.counts}
