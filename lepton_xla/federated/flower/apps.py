@@ -34,6 +34,7 @@ from lepton_xla.federated.results import RoundReport
 from lepton_xla.federated.settings import Federation
 from lepton_xla.federated.specs import FederatedSpec
 from lepton_xla.modelspec import load_named
+from lepton_xla.tables import printable
 from lepton_xla.train.checkpoints import CheckpointFolder, Checkpoints
 
 LOG = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class Carrier:
                 continue
             waiting.discard(node)
             if reply.has_error():
-                yield str(node), f"Flower says: {reply.error.reason or reply.error.code}"[:300]
+                yield str(node), f"Flower says: {printable(reply.error.reason or reply.error.code)}"[:300]
             else:
                 yield str(node), read_answer(reply.content, self._coordinator.shapes)
         for node in sorted(waiting):
