@@ -337,6 +337,24 @@ def test_a_secure_sum_is_the_plain_one_within_its_step(tmp_path, target, gone):
         assert abs(np.corrcoef(masked[-15:], answer.update["values"])[0, 1]) < 0.9
 
 
+class Nonsense:
+    """Flower's grid, where all clients answer without what was asked for."""
+
+    def send_and_receive(self, messages, *, timeout):
+        from flwr.app import ConfigRecord, Message, RecordDict
+        from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
+
+        return [Message(RecordDict({RECORD_KEY_CONFIGS: ConfigRecord()}), reply_to=message) for message in messages]
+
+
+def test_nonsense_spoils_a_secure_round_and_no_more(target):
+    from lepton_xla.federated.flower.secure import Workflow
+
+    workflow = Workflow(Nonsense(), context(), Federation(secure=True, most_rows=16), 1.0)
+    found = workflow.run(0, np.zeros(15, np.float32), {}, [1, 2, 3])
+    assert found.startswith("a client sent what cannot be added up: ")
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from lepton_xla.errors import first_line
 from lepton_xla.federated.flower.messages import flower
 from lepton_xla.federated.members import Answer
 from lepton_xla.federated.settings import Federation
+from lepton_xla.tables import printable
 
 # Share of the shares that recovers a key: more than half, so that no two parts of the clients can be told different
 # things, and less than all, so that clients may vanish.
@@ -74,14 +76,18 @@ class Workflow:
         )
         self._sent = 0
         counting = types.SimpleNamespace(send_and_receive=self._send_and_receive)
-        workflows.SecAggPlusWorkflow(
+        workflow = workflows.SecAggPlusWorkflow(
             num_shares=1.0,
             reconstruction_threshold=_THRESHOLD,
             max_weight=float(self._settings.most_rows),
             clipping_range=float(self._settings.most_norm or _LARGEST),
             quantization_range=_RANGE,
             timeout=self._round_s,
-        )(counting, context)
+        )
+        try:
+            workflow(counting, context)
+        except Exception as error:  # Flower checks nothing of what clients send, and nearly anything can be raised
+            return f"a client sent what cannot be added up: {printable(first_line(error))}"
         if not found:
             return "secure aggregation ended without a sum: too few clients stayed, or one refused; see their logs"
         mean = common.parameters_to_ndarrays(found[0].parameters)[0]
