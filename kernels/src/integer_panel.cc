@@ -134,7 +134,8 @@ void tile(const IntegerProduct& p, const Columns& columns, const int8_t* w, int6
 }
 
 // One panel. While its first tiles are computed, the next one is fetched: weights are seldom in a cache that is near, and
-// the columns of one that is to be packed are too many streams for the processor to foresee.
+// the columns of one that is to be packed are too many streams for the processor to foresee. Panels that are kept lie
+// behind each other, so where there are few tiles, which take no longer than reading does, it is left to the processor.
 template <bool plain, Activation kind>
 void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column, bool last, int8_t* scratch) {
   const int64_t steps = (p.k + kStep - 1) / kStep;
@@ -153,7 +154,8 @@ void panel(const IntegerProduct& p, int64_t row, int64_t row_end, int64_t column
   const int64_t tiles = (row_end - row + kRows - 1) / kRows;
   const int share = static_cast<int>(tiles < kStep ? (kStep + tiles - 1) / tiles : 1);
   const int8_t* next = packed == scratch ? p.codes + column_end * p.k : packed + p.panel_bytes();
-  int64_t missing = last ? 0 : (p.n - column_end < kColumns ? p.n - column_end : kColumns) * p.k / 64;
+  const bool foreseen = packed != scratch && tiles < kStep;
+  int64_t missing = last || foreseen ? 0 : (p.n - column_end < kColumns ? p.n - column_end : kColumns) * p.k / 64;
   for (; row < row_end; row += kRows) {
     const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
     const int lines = missing > 0 ? share : 0;
