@@ -50,6 +50,7 @@ from lepton_xla.serve.monitor.drift import drifts
 
 TARGETS = pathlib.Path(__file__).resolve().parent / "targets.py"
 QUESTIONS_PER_S, CLIENTS, JUDGES = 10.0, 16, 200
+FRESH = 0.2  # of a batch that is learned from; ten kinds of 77 are new, and half of all would make the old ones rarer
 WINDOWS = 200  # of requests as before, by which an alert would be false
 AIMS = {
     "accuracy": (">=", 0.85), "p99_ms": ("<=", 500.0), "alert": (">=", 1), "false_alarm": ("<=", 0),
@@ -183,7 +184,7 @@ def life(
     artifact = folder / "replies.lepton"
     found = runs.measured(
         folder / "figures" / "life.json", [of, steps],
-        lambda: loop.lived(artifact, f"{TARGETS}:learning", folder, plan, steps)
+        lambda: loop.lived(artifact, f"{TARGETS}:learning", folder, plan, steps, "", 0.0, "--fresh", FRESH)
         | chance(artifact, asked[False], weights[False], made),
     )  # fmt: skip
     return found, plan

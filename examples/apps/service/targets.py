@@ -32,11 +32,10 @@ import words
 import lepton_xla as lx
 from lepton_xla import train
 
-SIZES, ROWS = (1, 8), 64  # of a batch that is tuned for, and that is learned from
+SIZES, ROWS = (1, 8), 64  # of a batch that is tuned for, and that calibrates
 # The small tokenizer of a quick run splits words that it has not seen into letters.
 LENGTHS, QUICK_LENGTHS = (16, 32, 128), (network.PLACES,)
 STEPS, SMALL_STEPS, FEW = 1200, 1500, 100
-JUDGES = 300  # questions as before by which what was learned is judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +177,8 @@ def learning() -> train.TrainSpec:
         return both(weights, {"tokens": seen, "lengths": (seen != 0).sum(1), "kind": batch["kind"]}, key, state)
 
     def old(step: int) -> dict[str, np.ndarray]:
-        random = np.random.default_rng([8, step])
-        chosen = np.where(random.random(ROWS) < 0.1, random.choice(strangers, ROWS), random.choice(used, ROWS))
+        random, rows = np.random.default_rng([8, step]), training.BATCH
+        chosen = np.where(random.random(rows) < 0.1, random.choice(strangers, rows), random.choice(used, rows))
         return {"tokens": tokens[chosen], "kind": kinds[chosen].astype(np.int32)}
 
     def examples(prompts: list[list[int]], replies: list[str]) -> dict[str, np.ndarray]:
@@ -193,8 +192,13 @@ def learning() -> train.TrainSpec:
 
     fixed = ["threshold", *(["encoder/.*"] if own.encoder else [])]
     asked, labels = to_choose_by(task)
+
+    def optimizer(steps: int) -> optax.GradientTransformation:
+        # It begins with nothing of what the first training knew of its gradients.
+        rate = optax.warmup_cosine_decay_schedule(0.0, training.RATE / 2, steps // 10, steps)
+        return optax.adamw(rate, weight_decay=training.REST)
+
     return train.TrainSpec(
-        train.freeze(own.trained_before()[0], fixed), old, 400,
-        lambda steps: optax.adam(optax.cosine_decay_schedule(1e-3, steps)), loss=loss, examples=examples,
-        evaluate=first_right(made, asked[:JUDGES], labels[:JUDGES]), options={"clip_norm": 1.0},
+        train.freeze(own.trained_before()[0], fixed), old, 400, optimizer, loss=loss, examples=examples,
+        evaluate=first_right(made, asked, labels), options={"clip_norm": 1.0},
     )  # fmt: skip
