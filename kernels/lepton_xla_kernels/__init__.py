@@ -5,7 +5,10 @@ import pathlib
 from typing import Any
 
 INTERFACE = 8
-"""Changes whenever targets are added, take other operands or give other results; lepton-xla asks for its own."""
+"""Changes whenever targets are added, take other operands, or give results that differ by more than rounding.
+
+lepton-xla asks for its own.
+"""
 
 _LIBRARY = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_library.so")))
 _LIBRARY.lepton_variant.restype = ctypes.c_char_p

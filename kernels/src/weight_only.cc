@@ -209,10 +209,14 @@ void block_of_integers(const WeightOnly& p, const Decoder& decoder, const Block&
       const int from = static_cast<int>(r - row);
       bool fits = true;
       for (int i = 0; i < count; ++i) fits = fits && x.fits[from + i];
-      if (!fits) {
-        block_of_floats(p, decoder, block, r, r + count, at, end);
-        continue;
+      for (int i = 0; i < count && !fits; ++i) {  // one after the other: what a row gives depends on no other row
+        if (x.fits[from + i])
+          rounded_tile<kParts, 1>(x, from + i, panel, pairs, block.parts, scale, columns, block.first == 0,
+                                  p.y + (r + i) * p.n + at, p.n, nullptr, p.n);
+        else
+          block_of_floats(p, decoder, block, r + i, r + i + 1, at, end);
       }
+      if (!fits) continue;
       const auto multiply = count == 1 ? rounded_tile<kParts, 1>
                           : count == 2 ? rounded_tile<kParts, 2>
                           : count == 3 ? rounded_tile<kParts, 3>

@@ -1,4 +1,4 @@
-// A float32 matrix times a matrix of codes, which are turned into floats in registers, and what follows.
+// A float32 matrix times a matrix of codes, which are unpacked in registers, and what follows.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""A float matrix times a quantized one, whose codes become floats in registers."""
+"""A float matrix times a quantized one, whose codes are unpacked in registers."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_kernels_that_win_are_taken_and_the_report_says_so(kernels, clock):
     x = np.random.default_rng(1).standard_normal((6, 24)).astype(np.float32)
     weights = {name: np.asarray(leaf.dequantize(), np.float64) for name, leaf in lowered.weights.items()}
     expected = np.tanh(x @ weights["a"]) @ weights["b"]
-    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, x), expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, x), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_products_are_measured_and_checked(kernels, preset):
     for site in sites(lower(two_layers(), preset, [{"batch": 6}])).values():
         (timing,) = site.metrics["timings"]
         assert all(math.isfinite(timing[name]) and timing[name] > 0 for name in ("float_us", "integer_us", "kernel_us"))
-        assert timing["error"] < 1e-4
+        assert timing["error"] < (5e-5 if preset == "int8-weight-only" else 1e-5)
 
 
 def test_rows_decide_who_multiplies(kernels, clock, monkeypatch):
@@ -211,7 +211,7 @@ def test_what_follows_a_product_goes_to_the_kernel(kernels, clock):
     text = str(jax.make_jaxpr(lowered.fn)(lowered.weights, x))
     assert [text.count(each) for each in ("erf", "= add ", "weight_only_product[")] == [0, 0, 2]
     exact = {name: leaf.dequantize() if name in "ab" else leaf for name, leaf in lowered.weights.items()}
-    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, x), fn(exact, x), rtol=0, atol=2e-4)
+    np.testing.assert_allclose(jax.jit(lowered.fn)(lowered.weights, x), fn(exact, x), rtol=0, atol=1.2e-4)
 
 
 @pytest.mark.parametrize("options", ["", "dynamic = false", 'granularity = "tensor"'])
@@ -269,7 +269,7 @@ def test_an_artifact_runs_with_kernels_and_without(kernels, clock, tmp_path, mon
         there = lx.load(tmp_path / "with.lepton", write_back=True)
     assert there.route == "stablehlo"
     assert f"kernels: '' here, '{installation.INTERFACE}' there" in caplog.text
-    np.testing.assert_allclose(there(x=x)["output"], expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(there(x=x)["output"], expected, rtol=0, atol=1e-4)
     # Now it has code for both.
     assert lx.load(tmp_path / "with.lepton").route == "executables"
     monkeypatch.setenv(installation.VARIABLE, "")

@@ -1,6 +1,7 @@
 """The product with a weight's codes, against NumPy in float64, on every instruction set that this machine has."""
 
 import hashlib
+import importlib
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ def stored(rows, columns, name, groups=1, seed=0, per_channel=True):
     rng = np.random.default_rng(seed)
     form = FORMATS[name]
     if form.bits == 8:
-        values = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+        values = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
     else:
         high = min(len(form.levels) or 1 << form.bits, 16)
         halves = rng.integers(0, high, (2, -(-rows // 2), columns))
@@ -38,12 +39,23 @@ def array(*shape, seed=1):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def rounds():
+    """Whether the kernels in use round the activations of several rows."""
+    return importlib.import_module("lepton_xla_kernels").variant() == "avx512"
+
+
 def check(got, x, weight):
-    """Within rounding of the product in float64: of float32 sums, and of activations of several rows to 16 bits."""
+    """Within rounding of the product in float64: of float32 sums, and of activations of several rows to 16 bits.
+
+    Errors of 16 bits are independent and less than half a step each: seven times their deviation bounds the sum, where
+    that is less than what they could add up to.
+    """
     values, exact = np.asarray(weight.dequantize(), np.float64), x.astype(np.float64)
     bound = 1e-6 * (np.abs(exact) @ np.abs(values)) + 1e-30
-    if len(x) > 3 and FORMATS[weight.format].kind == "int":
-        bound += np.abs(exact).max(axis=1, keepdims=True, initial=0) / 65000 * np.abs(values).sum(axis=0)
+    if len(x) > 3 and FORMATS[weight.format].kind == "int" and rounds():
+        largest = np.abs(exact).max(axis=1, keepdims=True, initial=0)
+        most, likely = np.abs(values).sum(axis=0) / 65000, np.sqrt((values**2).sum(axis=0)) / 16200
+        bound += largest * np.minimum(most, likely)
     assert got.shape == (x.shape[0], weight.shape[1])
     assert got.dtype == jnp.float32
     assert np.all(np.abs(np.asarray(got, np.float64) - exact @ values) <= bound)
@@ -84,15 +96,19 @@ def test_no_rows_no_columns_no_depth(variants, name, shape):
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_rows_of_zeros_nan_and_infinities_stay_in_their_rows(variants, name):
-    x, weight = array(7, 33), stored(33, 21, name)
-    x[1], x[3, 5], x[4, 2], x[5, :2] = 0, np.nan, np.inf, (np.inf, -np.inf)
+    x, weight = array(12, 300), stored(300, 21, name)
+    plain = x.copy()
+    plain[1] = 0
+    x[1], x[5, 200], x[9, 2], x[10, :2] = 0, np.nan, np.inf, (np.inf, -np.inf)
     with np.errstate(invalid="ignore"):
         expected = x.astype(np.float64) @ np.asarray(weight.dequantize(), np.float64)
-    plain = [0, 1, 2, 6]
+    others = [row for row in range(12) if row not in (5, 9, 10)]
     for _ in variants():
         got = np.asarray(weight_only.multiply(jnp.asarray(x), weight))
-        check(got[plain], x[plain], weight)
+        check(got[others], x[others], weight)
         assert not got[1].any()
+        # What a row gives depends on no other row, to the last bit.
+        np.testing.assert_array_equal(got[others], np.asarray(weight_only.multiply(jnp.asarray(plain), weight))[others])
         np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
         np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
 
@@ -119,7 +135,7 @@ def test_transformations(kernels):
         jax.lax.scan(lambda _, part: (_, weight_only.multiply(*part)), 0, (x, several))[1],
         jax.jit(jax.vmap(lambda part: weight_only.multiply(part, weight), in_axes=1, out_axes=1))(x),
     ):
-        np.testing.assert_allclose(made, expected, rtol=0, atol=1e-2)
+        np.testing.assert_allclose(made, expected, rtol=0, atol=5e-3)
 
 
 def test_what_is_lowered_calls_the_kernel_only_where_it_may(kernels, monkeypatch):
@@ -142,7 +158,7 @@ def test_a_sharded_product(kernels):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     cut = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
     whole = jax.device_put(weight, jax.NamedSharding(mesh, jax.P()))
-    np.testing.assert_allclose(jax.jit(weight_only.multiply)(cut, whole), x @ weight.dequantize(), rtol=0, atol=0.1)
+    np.testing.assert_allclose(jax.jit(weight_only.multiply)(cut, whole), x @ weight.dequantize(), rtol=0, atol=0.07)
 
 
 @pytest.mark.parametrize(
