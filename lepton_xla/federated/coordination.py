@@ -114,6 +114,7 @@ class Coordinator:
         mean = Mean(settings, client.layout.length)
         refused: dict[str, str] = {}
         sums: dict[str, float] = {}
+        rows: dict[str, int] = {}  # of the clients that have the metric
         sent = 0
         for name, answer in ask(self._state.round, vector):
             if isinstance(answer, str):
@@ -123,20 +124,21 @@ class Coordinator:
             self._taken[name] = self._taken.get(name, 0) + 1
             try:
                 client.codec.check(answer.update)
-                _check_metrics(answer.metrics)
+                metrics = _usable(answer.metrics)
                 sent += client.codec.size_bytes if answer.size_bytes is None else answer.size_bytes
                 mean.add(name, np.asarray(client.codec.decode(answer.update)), answer.rows, answer.clients)
             except FederatedError as error:
                 refused[name] = str(error)
                 continue
-            for metric, value in answer.metrics.items():
+            for metric, value in metrics.items():
                 sums[metric] = sums.get(metric, 0.0) + value * answer.rows
+                rows[metric] = rows.get(metric, 0) + answer.rows
         moved = mean.result()
         if moved is None:
             self._state = ServerState(self._state.round + 1, self._state.weights, self._state.first, self._state.second)
         else:
             self._state = move(self._state, moved, client.layout, settings)
-        metrics = {name: total / mean.rows for name, total in sums.items()}
+        metrics = {name: total / rows[name] for name, total in sums.items()}
         evaluation = {}
         if self._evaluation is not None and not client.personal:
             evaluation = self._evaluation.run(self._predictor(self._state.weights))
@@ -162,16 +164,19 @@ class Coordinator:
             self._taken = dict(taken)
 
 
-def _check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Check metrics that came from elsewhere: they go into means, reports and checkpoints.
+def _usable(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics that came from elsewhere, as they go into means, reports and checkpoints.
+
+    One that is NaN or beyond float32 is left out: a client may have no row of a class, and its update is right.
 
     Raises:
-        FederatedError: if they are too many, or one has a name that nobody would print or is no float32 number.
+        FederatedError: if they are too many, or one has a name that nobody would print or is no number.
     """
     if len(metrics) > _MOST_METRICS:
         raise FederatedError(f"it sent {len(metrics)} metrics; expected at most {_MOST_METRICS}")
     for name, value in metrics.items():
         if len(name) > _MOST_NAME or not name.isprintable():
             raise FederatedError(f"it sent a metric named {name[:_MOST_NAME]!r}")
-        if not isinstance(value, int | float) or not abs(value) <= _LARGEST:  # nor NaN
-            raise FederatedError(f"its metric {name!r} is {str(value)[:_MOST_NAME]}, which is no float32 number")
+        if not isinstance(value, int | float):
+            raise FederatedError(f"its metric {name!r} is {str(value)[:_MOST_NAME]}, which is no number")
+    return {name: value for name, value in metrics.items() if abs(value) <= _LARGEST}  # NaN is not

@@ -47,6 +47,7 @@ class Workflow:
     def __init__(self, grid: Any, context: Any, settings: Federation, round_s: float) -> None:
         self._grid, self._context, self._settings, self._round_s = grid, context, settings, round_s
         self._sent = 0
+        self._fault: Exception | None = None  # of the grid
 
     def run(self, round_: int, vector: np.ndarray, config: dict[str, Any], nodes: Sequence[int]) -> Answer | str:
         """The mean of the updates of these nodes, or why there is none."""
@@ -86,17 +87,23 @@ class Workflow:
         )
         try:
             workflow(counting, context)
+            if not found:
+                return "secure aggregation ended without a sum: too few clients stayed, or one refused; see their logs"
+            mean = common.parameters_to_ndarrays(found[0].parameters)[0]
+            rows = sum(result.num_examples for result in found)
+            return Answer({"values": np.asarray(mean, np.float32)}, rows, {}, len(found), self._sent)
         except Exception as error:  # Flower checks nothing of what clients send, and nearly anything can be raised
+            if error is self._fault:
+                raise
             return f"a client sent what cannot be added up: {printable(first_line(error))}"
-        if not found:
-            return "secure aggregation ended without a sum: too few clients stayed, or one refused; see their logs"
-        mean = common.parameters_to_ndarrays(found[0].parameters)[0]
-        rows = sum(result.num_examples for result in found)
-        return Answer({"values": np.asarray(mean, np.float32)}, rows, {}, len(found), self._sent)
 
     def _send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Any]:
         key = flower("common.secure_aggregation.secaggplus_constants").Key.MASKED_PARAMETERS
-        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        try:
+            replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        except Exception as error:
+            self._fault = error
+            raise
         for reply in replies:
             if not reply.has_error():
                 for record in reply.content.config_records.values():
