@@ -80,7 +80,7 @@ def train(
     if output is not None:
         _common.check_free(output, overwrite=overwrite)
     _common.check_goes_with("recipe", "settings", "exclude")
-    _common.check_goes_with("checkpoint", "every", "resume")
+    _common.check_goes_with("checkpoint", "every", *([] if resume else ["resume"]))
 
     from lepton_xla import launch
     from lepton_xla import train as training

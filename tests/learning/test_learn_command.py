@@ -84,7 +84,7 @@ def test_rounds_one_after_another_outlive_errors(bases, sampled, tmp_path):
         ([], "there are no samples of this model"),
         (["--every", "10m"], "--every is for rounds one after another"),
         (["--loop", "--every", "soon"], "'soon' is no time such as 30s, 10m or 2h"),
-        (["--direct"], "give --server too"),
+        (["--direct"], "--direct without --server changes nothing"),
         (["--server", "http://127.0.0.1:9", "-o", "x.lepton"], "give --server to push the result, or --output"),
         (["--fresh", "2"], "fresh = 2.0; expected above 0 and at most 1"),
         (["--held-out", "0"], "held_out = 0.0; expected above 0"),

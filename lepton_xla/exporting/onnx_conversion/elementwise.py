@@ -92,9 +92,9 @@ def _shift(converter: Converter, operation: Operation, operands: list[Value]) ->
     (value, bits), graph, kind = operands, converter.graph, np.dtype(operation.types[0].dtype)
     if kind.itemsize > 2:
         raise converter.refuse(operation)
-    name, turns = (
-        each.name if each.is_coded else graph.cast(each.narrow or each.name, "float32") for each in (value, bits)
-    )
+    # The result is as wide as the value: ONNX broadcasts the other one by itself.
+    name = value.name if value.is_coded else graph.cast(value.name, "float32")
+    turns = bits.name if bits.is_coded else graph.cast(bits.narrow or bits.name, "float32")
     factor = graph.node("Pow", graph.constant(2, np.float32), turns)
     if operation.name.endswith("shift_left"):
         made = _wrapped(graph, graph.node("Mul", name, factor), kind)

@@ -144,6 +144,9 @@ class Options:
     def rules(self) -> Rules | None:
         """Read the alert rules, if there are some.
 
+        >>> Options().rules() is None
+        True
+
         Raises:
             ServeError: see `Rules.load`.
         """

@@ -211,7 +211,7 @@ class Connection(asyncio.Protocol):
         if head is not None and come < head.content_length and b"expect" not in head.headers:
             refusal = incoming.begin(head, data[end + 4 :])
             if refusal is not None:
-                self._fail(refusal)
+                self._fail(refusal, head.method)
             return
         self._feed(data)
         if not self._closing:
@@ -243,6 +243,8 @@ class Connection(asyncio.Protocol):
 
     def expect(self, seconds: float) -> None:
         """Sets the time limit for what the client sends next."""
+        if self._closing:  # nothing that comes is read
+            return
         self._continue = False
         self._deadline = monotonic() + seconds
 
@@ -251,6 +253,8 @@ class Connection(asyncio.Protocol):
 
     def invite(self) -> None:
         """Answers `Expect: 100-continue`."""
+        if self._closing:
+            return
         self._continue = True
         self._send_continue()
 

@@ -197,6 +197,7 @@ class Manager:
         self._found[name] = found
         model = self._models.setdefault(name, _Model())
         before, model.overrides = model.overrides, dict(overrides or {})
+        serves = bool(model.state.versions)
         model.failures.clear()
         self._asked.add(name)
         await self._settle(name, who)
@@ -204,7 +205,7 @@ class Manager:
             if not model.state.versions:
                 self._asked.discard(name)
             said = "; ".join(f"version {version}: {each.reason}" for version, each in model.failures.items())
-            if model.overrides != before:
+            if serves and model.overrides != before:
                 model.overrides = before  # or what serves would be loaded anew with them, again and again
                 model.failures.clear()
             raise RepositoryError("invalid", said)
