@@ -6,9 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow  # half a minute, most of it XLA's
 def test_trains_a_small_student() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "train_digits.py", "--steps", "60"],

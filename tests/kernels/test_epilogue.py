@@ -38,7 +38,7 @@ def stored(kind, depth, columns):
     return weight.by_columns() if "x" in kind else weight
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(["int8 x int8", "int8", "int4"]),
     rows=st.one_of(st.integers(0, 9), st.integers(10, 60)),

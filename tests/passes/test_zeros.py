@@ -82,7 +82,7 @@ def by_kind(stacked):
     return {kind: np.asarray(stacked)[:, index] for index, kind in enumerate(KINDS)}
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(weights_and_masks())
 def test_zeros_stay_zero_from_training_to_what_is_loaded(tmp_path_factory, drawn):
     weights, masks = drawn

@@ -81,7 +81,7 @@ def check_round_trip(matrix, name, granularity):
         assert (np.abs(back - exact) <= np.maximum(relative, step) * 1.001 + slack * np.abs(exact)).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(sorted(FORMATS)), st.sampled_from(GRANULARITIES), st.data())
 def test_round_trip_of_any_finite_matrix(name, granularity, data):
     # Few shapes, each of which is compiled for each format.
@@ -114,7 +114,7 @@ def test_extremes(name):
         np.testing.assert_array_equal(back[:, 3], 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(sorted(FORMATS)), st.sampled_from((1, 2, 5, 9, 16)), st.just(3), st.integers(0, 2**31))
 def test_packing_is_exact(name, rows, columns, seed):
     target = FORMATS[name]

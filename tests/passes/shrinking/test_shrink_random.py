@@ -211,7 +211,7 @@ class Builder:
         return trace(fn, self.weights, {"image": TensorSpec((2, SIDE, SIDE, 3), "float64")})
 
 
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(st.data())
 def test_shrunk_equals_masked(data):
     with jax.enable_x64(True):
