@@ -83,12 +83,13 @@ def load_test(servable: lx.Servable, texts: Sequence[str], seconds: float, most:
     random = np.random.default_rng(0)
     due = np.cumsum(random.exponential(1 / QUESTIONS_PER_S, max(1, int(seconds * QUESTIONS_PER_S))))
     found: list[tuple[float, float]] = []
-    held = threading.local()
+    held, opened = threading.local(), list[http.client.HTTPConnection]()
     server = Server(servable, Options(port=0)).start()
 
     def ask(at: float, text: str) -> None:
         if not hasattr(held, "connection"):
             held.connection = http.client.HTTPConnection(*server.address[:2], timeout=30)
+            opened.append(held.connection)
         body = json.dumps({"text_input": text, "max_tokens": most})
         held.connection.request("POST", "/v2/models/service/generate_stream", body)
         answer = held.connection.getresponse()
@@ -109,6 +110,8 @@ def load_test(servable: lx.Servable, texts: Sequence[str], seconds: float, most:
             for each in waiting:
                 each.result()
     finally:
+        for connection in opened:
+            connection.close()
         server.stop()
     first, whole = (sorted(column) for column in zip(*found, strict=True))
     at = int(0.99 * len(whole))
