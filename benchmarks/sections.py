@@ -57,13 +57,14 @@ def run(
     results: Results = {}
     for name in options.sections:
         console.print(f"{name} ...")
-        load, shown = f"{os.getloadavg()[0]:.1f}", 0
+        load, shown = f"{os.getloadavg()[0]:.1f}", list[str]()
         try:
             for found in sections[name].measure(options):
                 results[name] = {"found": found, "run": machine(name) | {"load": load, "command": harness.command()}}
                 tables = sections[name].tables(found)
-                console.print("\n\n".join(tables[shown:]), soft_wrap=True)
-                shown = len(tables)
+                # One that has more rows now is shown again.
+                console.print("\n\n".join(table for table in tables if table not in shown), soft_wrap=True)
+                shown = tables
                 harness.write_json(options.json, results)
                 write(results)
         except models.MissingError as error:
