@@ -62,7 +62,7 @@ buckets_option = click.option(
     help="Compile for these sizes of a symbolic dimension, such as batch=1,8,32. Overrides the ModelSpec for that "
     "dimension. Repeatable.",
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 _output_option = click.option("-o", "--output", metavar="PATH", help="The artifact to write; by default none is.")
 
 

@@ -29,7 +29,7 @@ from lepton_xla.cli import _common
     "--name",
     help="Name of the model, used in its URL when served. By default from --output, else from the model's file.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+@_common.overwrite_option
 @click.option(
     "--evaluate/--no-evaluate",
     default=True,

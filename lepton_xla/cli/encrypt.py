@@ -18,7 +18,7 @@ from lepton_xla.cli import _common
     type=click.Path(),
     help="File of the public key of somebody who may load it, see `leptonx keys new --for encryption`. Repeatable.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace TARGET if it is an artifact.")
+@_common.overwrite_option
 @_common.json_option
 def encrypt(path: str, target: str, *, recipients: tuple[str, ...], overwrite: bool, as_json: bool) -> None:
     """Write an encrypted copy of the artifact at PATH to TARGET.

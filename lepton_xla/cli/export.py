@@ -23,7 +23,7 @@ from lepton_xla.cli import _common
     help="Inputs by name to compare on, at most the largest size that was compiled. By default eight rows are drawn, "
     "integers as zeros.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@_common.overwrite_option
 @_common.json_option
 def export(artifact: str, *, form: str, output: str, rows: str | None, overwrite: bool, as_json: bool) -> None:
     """Write what the artifact ARTIFACT computes in another format, read it again, and compare the answers.

@@ -48,7 +48,7 @@ def weights() -> None:
     is_flag=True,
     help="With float weights: round to nearest where BASE's codes were chosen for calibration data (GPTQ).",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+@_common.overwrite_option
 @_common.json_option
 def make(
     base: str,
@@ -102,7 +102,7 @@ def make(
 @weights.command("master")
 @click.argument("artifact")
 @click.option("-o", "--output", required=True, metavar="FILE.npz", help="Where to write them.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@_common.overwrite_option
 @_common.json_option
 def master(artifact: str, *, output: str, overwrite: bool, as_json: bool) -> None:
     """Write the float weights that ARTIFACT keeps (compile --keep-master) to a file, by their paths."""

@@ -372,7 +372,7 @@ def _undone_by(undo: Callable[[], None]) -> Generator[None, None, None]:
 
 def _check_replaceable(location: str | os.PathLike[str], *, overwrite: bool, is_artifact: bool) -> None:
     if not overwrite:
-        raise ArtifactError(f"{location} exists; save elsewhere, or with overwrite=True")
+        raise ArtifactError(f"{location} exists; give another path, or overwrite it")
     if not is_artifact:
         raise ArtifactError(f"{location} exists and is not an artifact (no {MANIFEST}), so it is not overwritten")
 

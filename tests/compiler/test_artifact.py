@@ -251,7 +251,7 @@ def test_saving_over_something(tmp_path: pathlib.Path, dense_artifact: compiler.
     path = tmp_path / "m.lepton"
     dense_artifact.save(path)
     before = files_of(path)
-    with pytest.raises(ArtifactError, match="exists; save elsewhere"):
+    with pytest.raises(ArtifactError, match="exists; give another path"):
         dense_artifact.save(path)
     (path / "stray").write_text("x")
     dense_artifact.save(path, overwrite=True)
@@ -269,7 +269,7 @@ def test_saving_over_something(tmp_path: pathlib.Path, dense_artifact: compiler.
 def test_addresses(tmp_path: pathlib.Path, dense_artifact: compiler.Artifact, location: str) -> None:
     location = f"file://{tmp_path}/a b.lepton" if location == "file://" else location
     dense_artifact.save(location)
-    with pytest.raises(ArtifactError, match="exists; save elsewhere"):
+    with pytest.raises(ArtifactError, match="exists; give another path"):
         dense_artifact.save(location)
     dense_artifact.save(location, overwrite=True)
     assert compiler.verify(location).extra == ()
