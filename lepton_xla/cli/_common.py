@@ -228,6 +228,19 @@ def check_folder(path: str | None) -> None:
         raise LeptonError(f"{path} is a folder; give a file")
 
 
+def duration(text: str, option: str) -> float:
+    """A duration that an option was given, in seconds.
+
+    >>> duration("10s", "--every"), duration("2m", "--every"), duration("0.5", "--every")
+    (10.0, 120.0, 0.5)
+    """
+    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smh]?)", text)
+    if found is None:
+        raise click.UsageError(f"{option} {text!r}: expected a duration such as 10s or 2m")
+    return float(found[1]) * units[found[2]]
+
+
 def check_free(output: str, *, overwrite: bool) -> None:
     """Refuse to write over an artifact that is there, unless told to.
 

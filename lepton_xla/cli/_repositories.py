@@ -97,6 +97,26 @@ def opened(models: str, token_file: str | None, tls_ca: str | None) -> Repositor
     return open_repository(models)
 
 
+wait_option = click.option(
+    "--wait", metavar="DURATION", help="Until a server answers by it, at most this long, such as 30s; or exit with 2."
+)
+
+
+def waiting(repository: Repository | RepositoryClient, wait: str | None) -> Callable[[str, str, str | None], None]:
+    """What waits until a version of a model answers, and for a label if one is given; nothing is waited for without it.
+
+    Raises:
+        ServeError: if the repository is a folder.
+    """
+    from lepton_xla.serve.models.repository import Repository
+
+    if wait is None:
+        return lambda name, version, label: None
+    if isinstance(repository, Repository):
+        raise ServeError("--wait is for a server, which loads what is pushed: give its URL")
+    return functools.partial(repository.wait, seconds=_common.duration(wait, "--wait"))
+
+
 def listed(repository: Repository | RepositoryClient) -> list[dict[str, Any]]:
     """The models of a repository as plain JSON."""
     from lepton_xla.serve.models.repository import Repository
@@ -111,6 +131,7 @@ def push(
     name: str | None,
     version: str | None,
     label: str | None,
+    wait: str | None,
     as_json: bool,
     only_weights: bool = False,
 ) -> str:
@@ -127,6 +148,7 @@ def push(
 
     if label is not None:
         check_label(label)
+    wait_for = waiting(repository, wait)
     with _common.progress() as step:
         step(f"push {artifact}")
         listing, _ = listing_of(pathlib.Path(artifact))
@@ -142,6 +164,7 @@ def push(
             tell = lambda sent, total: step(f"push {artifact}: {100 * sent // max(total, 1)} %")  # noqa: E731
             pushed = repository.push(artifact, name, version, tell)
     stood = None if label is None else repository.promote(name, pushed, label)
+    wait_for(name, pushed, label)
     if as_json:
         promoted = {} if label is None else {"label": label, "stood_on": stood}
         _common.print_json({"name": name, "version": pushed, "size_bytes": listing.size_bytes, **promoted})

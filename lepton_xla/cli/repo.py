@@ -29,6 +29,7 @@ def repo() -> None:
       leptonx repo push MODELS digits.lepton --promote canary    and moves a label to it
       leptonx repo list MODELS
       leptonx repo promote MODELS digits 4                       `stable` now stands on version 4
+      leptonx repo promote URL digits 4 --wait 1m                and the server answers by it, or exit code 2
       leptonx repo rollback MODELS digits                        and again on the one before
       leptonx repo remove MODELS digits 2
       leptonx repo push http://127.0.0.1:8000 digits.lepton      into the repository of a server; goes on where it ended
@@ -49,6 +50,7 @@ def repo() -> None:
 @click.option("--name", help="Name in the repository; by default the artifact's own.")
 @click.option("--version", help="A version that is not there yet; by default one more than the greatest.")
 @click.option("--promote", "label", metavar="LABEL", help="Then move this label to it, such as stable or canary.")
+@_repositories.wait_option
 @_repositories.audited("push")
 def push(
     repository: Repository | RepositoryClient,
@@ -57,10 +59,11 @@ def push(
     name: str | None,
     version: str | None,
     label: str | None,
+    wait: str | None,
     as_json: bool,
 ) -> str:
     """Copy ARTIFACT into MODELS as a new version, checking every file against its digest."""
-    return _repositories.push(repository, artifact, name=name, version=version, label=label, as_json=as_json)
+    return _repositories.push(repository, artifact, name=name, version=version, label=label, wait=wait, as_json=as_json)
 
 
 @_repositories.subcommand(repo, "list")
@@ -96,19 +99,34 @@ def list_models(repository: Repository | RepositoryClient, *, as_json: bool) -> 
 @click.argument("name")
 @click.argument("version")
 @_label_option
+@_repositories.wait_option
 @_repositories.audited("promote")
-def promote(repository: Repository | RepositoryClient, name: str, version: str, *, label: str, as_json: bool) -> str:
-    """Move a label of the model NAME to VERSION."""
-    return _tell_moved(name, label, repository.promote(name, version, label), version, as_json)
+def promote(
+    repository: Repository | RepositoryClient, name: str, version: str, *, label: str, wait: str | None, as_json: bool
+) -> str:
+    """Move a label of the model NAME to VERSION.
+
+    A server that cannot load VERSION goes on with what it has; --wait tells of it.
+    """
+    wait_for = _repositories.waiting(repository, wait)
+    stood = repository.promote(name, version, label)
+    wait_for(name, version, label)
+    return _tell_moved(name, label, stood, version, as_json)
 
 
 @_repositories.subcommand(repo, "rollback")
 @click.argument("name")
 @_label_option
+@_repositories.wait_option
 @_repositories.audited("rollback")
-def rollback(repository: Repository | RepositoryClient, name: str, *, label: str, as_json: bool) -> str:
+def rollback(
+    repository: Repository | RepositoryClient, name: str, *, label: str, wait: str | None, as_json: bool
+) -> str:
     """Move a label of the model NAME back to the version that it stood on before."""
-    return _tell_moved(name, label, *repository.rollback(name, label), as_json)
+    wait_for = _repositories.waiting(repository, wait)
+    stood, stands = repository.rollback(name, label)
+    wait_for(name, stands, label)
+    return _tell_moved(name, label, stood, stands, as_json)
 
 
 @_repositories.subcommand(repo, "remove")

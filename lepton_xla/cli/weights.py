@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -128,6 +127,7 @@ def master(artifact: str, *, output: str, overwrite: bool, as_json: bool) -> Non
 @click.option("--name", help="Name in the repository; by default the artifact's own.")
 @click.option("--version", help="A version that is not there yet; by default one more than the greatest.")
 @click.option("--promote", "label", metavar="LABEL", help="Then move this label to it, such as stable or canary.")
+@_repositories.wait_option
 @click.option(
     "--alpha",
     type=float,
@@ -149,6 +149,7 @@ def push(
     name: str | None,
     version: str | None,
     label: str | None,
+    wait: str | None,
     alpha: float | None,
     steps: int | None,
     every: str | None,
@@ -176,16 +177,20 @@ def push(
     if (artifact is None) == (url is None):
         raise click.UsageError("give MODELS and ARTIFACT, or ARTIFACT and --to URL")
     place, source = (models, artifact) if artifact is not None else (url or "", models)
-    asked = {"steps": steps, "every_s": None if every is None else _seconds(every), "max_drop": max_drop}
+    asked = {
+        "steps": steps,
+        "every_s": None if every is None else _common.duration(every, "--every"),
+        "max_drop": max_drop,
+    }
     asked = {key: value for key, value in asked.items() if value is not None}
     repository = _repositories.opened(place, token_file, tls_ca)
     if alpha is None:
         _repositories.push(
-            repository, source, name=name, version=version, label=label, as_json=as_json, only_weights=True
+            repository, source, name=name, version=version, label=label, wait=wait, as_json=as_json, only_weights=True
         )
         return
-    if version is not None or label is not None:
-        raise click.UsageError("--alpha makes versions of its own: leave --version and --promote out")
+    if version is not None or label is not None or wait is not None:
+        raise click.UsageError("--alpha makes versions of its own: leave --version, --promote and --wait out")
     _adjust(repository, source, name, {"alpha": alpha, "nearest": nearest, **asked}, as_json)
 
 
@@ -217,19 +222,6 @@ def _adjust(
         f"{called}: version {begun['base']} moves in {asked['steps']} steps of {asked['alpha']:g}, one every "
         f"{asked['every_s']:g} s"
     )
-
-
-def _seconds(text: str) -> float:
-    """A duration in seconds.
-
-    >>> _seconds("10s"), _seconds("2m"), _seconds("0.5")
-    (10.0, 120.0, 0.5)
-    """
-    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smh]?)", text)
-    if found is None:
-        raise click.UsageError(f"--every {text!r}: expected a duration such as 10s or 2m")
-    return float(found[1]) * units[found[2]]
 
 
 def _optimized(target: str, base: Servable, step: Callable[[str], None]) -> Program:

@@ -58,6 +58,8 @@ def test_refusals_are_one_line(cli, compiled, models, tmp_path):
     assert "version '01'" in cli.refused("repo", "push", models, compiled[0], "--version", "01")
     assert "label 'a b'" in cli.refused("repo", "push", models, compiled[0], "--promote", "a b")
     assert "there is no model" in cli.refused("repo", "rollback", models, "plain")
+    waiting = cli.refused("repo", "push", models, compiled[0], "--promote", "stable", "--wait", "1m")
+    assert "--wait is for a server" in waiting
     assert not models.exists() or not list(models.iterdir())
     assert "no answer" in cli.refused("repo", "list", "http://127.0.0.1:9")
 

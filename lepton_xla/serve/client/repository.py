@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +31,7 @@ _LEAST_PIECE_BYTES = 1 << 10
 _MOST_CONFLICTS = 100
 # Artifacts are sent so often where others who push the same take the files.
 _MOST_TIMES = 10
+_LOOK_S = 0.1
 
 
 class RepositoryClient(Client):
@@ -74,6 +76,36 @@ class RepositoryClient(Client):
         """
         path = f"/v2/repository/models/{quote(name, safe='')}/versions" + (f"/{version}" if version else "")
         return self._change_by(pathlib.Path(artifact), tell, lambda sent: self._change("POST", path, sent))["version"]
+
+    def wait(self, name: str, version: str, label: str | None = None, *, seconds: float = 60.0) -> None:
+        """Wait until the server answers by a version.
+
+        Args:
+            name: the model's name.
+            version: the version.
+            label: whose requests it must answer as well; None for requests that name the version.
+            seconds: how long to wait at most.
+
+        Raises:
+            ServeError: if the server cannot load it, with the reason, or has not within that time.
+            RequestError: if the server cannot be reached.
+        """
+        what, end = f"version {version} of model {name!r}", time.monotonic() + seconds
+        while True:
+            entry = next((each for each in self.index() if (each["name"], each.get("version")) == (name, version)), {})
+            if entry.get("state") == "UNAVAILABLE":
+                raise ServeError(f"{what} does not answer: {entry.get('reason', 'it cannot be loaded')}")
+            if entry.get("state") == "READY" and (label is None or label in self._labels(name, version)):
+                return
+            if time.monotonic() > end:
+                raise ServeError(f"{what} does not answer after {seconds:g} s; `leptonx top` shows what is loaded")
+            time.sleep(_LOOK_S)
+
+    def _labels(self, name: str, version: str) -> list[str]:
+        """The labels whose requests a version answers now."""
+        return [
+            label for each in self.traffic(name)["versions"] if each["version"] == version for label in each["labels"]
+        ]
 
     def adjust(
         self,

@@ -20,6 +20,7 @@ from serve_fakes import exchange
 
 import lepton_xla as lx
 from lepton_xla.compiler import make_update
+from lepton_xla.errors import ServeError
 from lepton_xla.serve import Limits, Options, Server
 from lepton_xla.serve.access.tokens import create_token
 from lepton_xla.serve.app import repository as pages
@@ -96,6 +97,20 @@ def test_versions_are_pushed_promoted_rolled_back_and_removed(start, repository,
         assert client.push(made[2], "other", "7") == "7"
         wait(lambda: server.models.versions("other") == ["7"])
     assert set(repository.scan()) == {"m", "other"}
+
+
+def test_a_promotion_waits_until_the_server_answers_by_it(start, repository, made, tmp_path):
+    server = start()
+    with RepositoryClient(server.url) as client:
+        client.promote("m", client.push(made[2], "m"))
+        client.wait("m", "2", "stable")
+        assert server.models.labels("m") == {"stable": "2"}
+        client.promote("m", client.push(make_artifact(tmp_path / "a.lepton"), "m"))
+        with pytest.raises(ServeError, match="version 3 of model 'm' does not answer: m/3: manifest"):
+            client.wait("m", "3", "stable")
+        assert server.models.labels("m") == {"stable": "2"}
+        with pytest.raises(ServeError, match="version 9 of model 'm' does not answer after 0 s"):
+            client.wait("m", "9", seconds=0)
 
 
 def test_a_signature_is_sent_with_its_artifact(start, repository, made, tmp_path):
