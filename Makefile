@@ -92,8 +92,8 @@ lint: setup docs  ## formatting, lint, types, and the manual
 
 apps: setup kernels  ## every application of examples/apps; its figures are in build/apps/summary.json
 	$(UV) pip install --quiet --python .venv/bin/python --editable '.[apps]'
-	@for app in examples/apps/*/run.py; do \
-		echo "$$app"; JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/apps/xla $(RUN)/python $$app || exit 1; done
+	@missed=0; for app in examples/apps/*/run.py; do \
+		echo "$$app"; JAX_COMPILATION_CACHE_DIR=$(CURDIR)/build/apps/xla $(RUN)/python $$app || missed=1; done; exit $$missed
 
 build/release-venv/.ready: pyproject.toml | $(filter build/%,$(UV))
 	rm -rf $(@D)

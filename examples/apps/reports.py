@@ -37,6 +37,11 @@ def met(figures: Mapping[str, Any], aims: Aims) -> dict[str, bool]:
     }
 
 
+def exit_code(figures: Mapping[str, Any], aims: Aims) -> int:
+    """1 if an aim is missed; 0 if all are met, or what was done was too little for them (`--quick`)."""
+    return int(not (figures["quick"] or all(met(figures, aims).values())))
+
+
 def write(app: str, figures: Mapping[str, Any], aims: Aims, parts: Sequence[str] = ()) -> bool:
     """Print figures beside their aims, add them to the summary, and write the page `APP/report.html`.
 
@@ -63,7 +68,9 @@ def write(app: str, figures: Mapping[str, Any], aims: Aims, parts: Sequence[str]
         [name.replace("_", " "), f"{figures[name]:.4f}", f"{sign} {bound:g}", "met" if reached[name] else "MISSED"]
         for name, (sign, bound) in aims.items()
     ]
-    head = [f"<h1>{escaped(app)}</h1>", "<h2>Aims</h2>", drawn_table(["figure", "measured", "aim", ""], rows)]
+    little = "<p><strong>A quick run, on little: its figures say only that all steps work.</strong></p>"
+    head = [f"<h1>{escaped(app)}</h1>", *([little] if figures.get("quick") else []), "<h2>Aims</h2>"]
+    head.append(drawn_table(["figure", "measured", "aim", ""], rows))
     (folder() / app / "report.html").write_text(document(app, [*head, *parts]))
     return all(reached.values())
 

@@ -44,17 +44,23 @@ class HuggingFace:
         """The tokens of a text, with the special ones that the tokenizer adds.
 
         Raises:
-            InputError: for text that is not Unicode.
+            InputError: for text that is not Unicode, or has no tokens, which only some tokenizers have for every text.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError("the prompt is not valid Unicode: it holds half of a surrogate pair") from error
-        return list(self._tokenizer.encode(text).ids)
+        try:
+            return list(self._tokenizer.encode(text).ids)
+        except Exception as error:  # of no class of its own
+            raise InputError(f"the tokenizer has no tokens for the text: {error}") from error
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of several texts, as `encode`, which other threads of Python may go on beside."""
-        return [list(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
+        try:
+            return [list(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
+        except Exception as error:  # of no class of its own
+            raise InputError(f"the tokenizer has no tokens for one of the texts: {error}") from error
 
     def names(self) -> list[str]:
         """Each token as people read it, in order: its text, or where it is no text by itself, the tokenizer's word."""

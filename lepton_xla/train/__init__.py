@@ -5,6 +5,7 @@ from lepton_xla.environment.extras import Needs
 with Needs("train", "lx.train"):
     from lepton_xla.recipe import PruneRule
     from lepton_xla.train.checkpoints import Checkpoints
+    from lepton_xla.train.choosing import per_row
     from lepton_xla.train.compression import Compression, Stage
     from lepton_xla.train.distillation import (
         Answers,
@@ -60,6 +61,7 @@ __all__ = [
     "masks_of",
     "merge",
     "one_shot",
+    "per_row",
     "periodic",
     "polynomial",
     "schedule",

@@ -20,7 +20,7 @@ from lepton_xla.program import Program
 from lepton_xla.train.models import Model
 from lepton_xla.trees import some_names
 
-_LEFT, _RIGHT = ":low_rank/left", ":low_rank/right"
+LEFT, RIGHT = ":low_rank/left", ":low_rank/right"
 
 
 def freeze(model: Model | Program, patterns: Sequence[str]) -> Model:
@@ -100,8 +100,8 @@ def low_rank(
         if rank >= min(rows, columns):
             raise ModelError(f"weight {path!r} is a matrix of {rows} x {columns}: rank {rank} is not smaller")
         left = jax.random.normal(one, (*layers, rows, rank), weight.dtype)
-        added[path + _LEFT] = left / jnp.sqrt(jnp.asarray(rows, weight.dtype))
-        added[path + _RIGHT] = jnp.zeros((*layers, rank, columns), weight.dtype)
+        added[path + LEFT] = left / jnp.sqrt(jnp.asarray(rows, weight.dtype))
+        added[path + RIGHT] = jnp.zeros((*layers, rank, columns), weight.dtype)
 
     def summed(given: Mapping[str, Any]) -> dict[str, Any]:
         return {path: leaf for path, leaf in _sums(given, scale).items() if path not in added}
@@ -143,7 +143,7 @@ def merge(trained: Program, base: Model | Program, *, alpha: float | None = None
     """
     plain = Model.of(base).program
     missing = [path for path in plain.weights if path not in trained.weights]
-    ranks = [leaf.shape[-1] for path, leaf in trained.weights.items() if path.endswith(_LEFT)]
+    ranks = [leaf.shape[-1] for path, leaf in trained.weights.items() if path.endswith(LEFT)]
     if missing or not ranks:
         raise ModelError("this program is not what low_rank made of that base")
     weights = _sums(trained.weights, (alpha if alpha is not None else ranks[0]) / ranks[0])
@@ -153,9 +153,9 @@ def merge(trained: Program, base: Model | Program, *, alpha: float | None = None
 def _sums(weights: Mapping[str, Any], scale: float) -> dict[str, Any]:
     found = dict(weights)
     for path, left in weights.items():
-        if path.endswith(_LEFT):
-            name = path.removesuffix(_LEFT)
-            product = (left @ weights[name + _RIGHT]) * jnp.asarray(scale, left.dtype)
+        if path.endswith(LEFT):
+            name = path.removesuffix(LEFT)
+            product = (left @ weights[name + RIGHT]) * jnp.asarray(scale, left.dtype)
             found[name] = weights[name] + product.reshape(weights[name].shape)
     return found
 

@@ -1,5 +1,6 @@
 """The steps that all applications share, on a model of 24 weights: tune, serve, load, shift, alert, learn, promote."""
 
+import argparse
 import importlib
 import pathlib
 import sys
@@ -105,6 +106,12 @@ def test_a_request_that_fails_ends_no_others_and_is_raised_at_the_end(modules, m
     users.close()
 
 
+@pytest.mark.parametrize(("kind", "text"), [("at_least_one", "0"), ("at_least_one", "-3"), ("above_zero", "nan")])
+def test_options_that_ask_for_nothing_are_refused(modules, kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not"):
+        getattr(modules[0], kind)(text)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_shift_is_told_and_learned(modules, tmp_path):
@@ -130,13 +137,14 @@ def test_a_shift_is_told_and_learned(modules, tmp_path):
         tmp_path / "tiny.lepton", f"{file}:learning", tmp_path, plan, 200, str(tmp_path / "one.npz"), 1.0,
         "--fresh", "1.0",
     )  # fmt: skip
-    assert not lived["false_alarm"]
+    assert (lived["watched"], lived["false_alarm"]) == (True, False)
     assert lived["alert"]
     assert lived["alert_rows"] > 0
     assert lived["clean_before"] > 0.9
     assert lived["shifted_before"] < 0.7
     assert lived["round"] == "promoted"
     assert lived["regained"] > 0.7
+    assert lived["forgotten"] == lived["clean_before"] - lived["clean_after"]
     assert 0 < lived["p50_ms"] <= lived["p99_ms"]
     page = "".join(loop.parts(lived, plan, tmp_path, ["tune.html", "absent.html"]))
     assert "<h2>Served</h2>" in page

@@ -86,6 +86,12 @@ def test_figures_are_written_beside_their_aims(app, tmp_path, capsys):
     page = (tmp_path / "one" / "report.html").read_text()
     assert '<td>a</td><td class="n">1.0000</td><td class="n">&gt;= 2</td><td class="n">MISSED</td>' in page
     assert "<p>more</p>" in (tmp_path / "two" / "report.html").read_text()
+    aims = {"a": (">=", 2.0)}
+    for value, quick, code in ((3.0, False, 0), (1.0, False, 1), (float("nan"), False, 1), (1.0, True, 0)):
+        assert reports.exit_code({"a": value, "quick": quick}, aims) == code
+    reports.write("three", {"a": 1.0, "quick": True}, aims)
+    assert "A quick run" in (tmp_path / "three" / "report.html").read_text()
+    assert "A quick run" not in page
 
 
 def test_a_page_of_another_command_becomes_a_part(app, tmp_path):

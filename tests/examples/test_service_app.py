@@ -52,6 +52,18 @@ def test_there_is_a_reply_to_every_kind_and_no_question_is_in_both_parts(app):
     assert not set(task.strangers) & set(task.others)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a,b\n1,2\n", "with columns text and category"), ("text,category\nHi,gold\n", "without a reply in .*: gold")],
+)
+def test_questions_that_are_none_of_banking77s_are_refused(app, tmp_path, monkeypatch, text, said):
+    monkeypatch.setenv("LEPTON_DATA", str(tmp_path))
+    (tmp_path / "banking77").mkdir()
+    (tmp_path / "banking77" / "train.csv").write_text(text)
+    with pytest.raises(SystemExit, match=said):
+        app["questions"].load()
+
+
 def test_replies_are_told_word_by_word_as_they_are_written(app, made):
     words, task = made
     tokenizer = HuggingFace(words.data)

@@ -38,6 +38,11 @@ def test_a_tokenizer_that_is_none_and_half_a_character_are_refused(data):
         HuggingFace(b"{}")
     with pytest.raises(lx.InputError, match="not valid Unicode"):
         HuggingFace(data).encode("\ud800")
+    words = HuggingFace(tokenizers.Tokenizer(tokenizers.models.WordLevel({"known": 0})).to_str().encode(), 4)
+    assert words.encode("known") == [0]
+    for call, text in ((words.encode, "other"), (words.encode_all, ["known", "other"])):
+        with pytest.raises(lx.InputError, match="no tokens for"):
+            call(text)
 
 
 def test_an_artifact_takes_and_gives_text(data, tmp_path):

@@ -237,6 +237,25 @@ def test_chat_in_openai_s_form_whole_and_streamed(served):
     assert done == "[DONE]"
 
 
+def test_what_is_null_or_given_twice_alike_asks_for_nothing_more_and_a_message_may_have_parts(served):
+    parts = [{"type": "text", "text": text} for text in "xy"]
+    alike = {"max_tokens": 2, "max_completion_tokens": 2, "stop": ["q"], "stop_words": "q"}
+    request = {"model": "letters", "messages": [{"role": "user", "content": parts}], "temperature": 0}
+    status, body = post(served, "/v1/chat/completions", request | alike | {"stream": None, "n": None})
+    assert (status, body["choices"][0]["message"]["content"]) == (200, ";<")
+    assert body["usage"]["prompt_tokens"] == len("user: x\ny\nassistant:")
+
+
+def test_a_client_that_reads_slowly_holds_up_nobody(served, letters):
+    with socket.create_connection(served.address, 10) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 10)
+        slow.sendall(raw_request("POST", f"{GENERATE}_stream", b'{"text_input": "!", "max_tokens": 60}'))
+        assert slow.recv(15) == b"HTTP/1.1 200 OK"
+        for _ in range(3):
+            assert post(served, GENERATE, {"text_input": "a", "max_tokens": 3})[1]["text_output"] == "bcd"
+        until(lambda: letters.generator.load == (0, 0))
+
+
 def test_token_ids_in_and_out_without_a_tokenizer(make_server):
     server = make_server(Letters(None))
     assert post(server, GENERATE, {"input_ids": [5], "max_tokens": 3})[1]["token_ids"] == [6, 7, 8]
@@ -263,6 +282,24 @@ def test_token_ids_in_and_out_without_a_tokenizer(make_server):
         (GENERATE, {"text_input": "a", "top_p": "x"}, 400, "top_p"),
         (GENERATE, {"text_input": "a", "wishes": 3}, 400, "unknown parameter 'wishes'"),
         (GENERATE, {"text_input": "a", "n": 2}, 400, "n = 2 is not supported"),
+        (GENERATE, {"input_ids": [1 << 63]}, 400, "token 9223372036854775808 of the prompt is not one of"),
+        (GENERATE, b'{"input_ids": [1' + b"0" * 5000 + b"]}", 400, "not as it should be"),
+        (GENERATE, b'{"input_ids": [' + b"1," * 40_000 + b"18446744073709551616]}", 400, "has 40001 tokens"),
+        (GENERATE, b'{"text_input": "a", "parameters": {"x": ' + b"[" * 5000 + b"]" * 5000 + b"}}", 400, "recursion"),
+        (GENERATE, {"text_input": "a", "stop": ["", "c"]}, 400, "a stop text has 0 characters"),
+        (GENERATE, {"text_input": "a", "max_tokens": 2, "max_new_tokens": 3}, 400, "have different values"),
+        ("/v1/completions", {"model": "letters", "prompt": "a", "n": True}, 400, "n = True is not supported"),
+        ("/v1/completions", {"model": "letters", "prompt": "a", "best_of": 3}, 400, "best_of = 3 is not supported"),
+        # Of the tokens themselves: these are not told, so it is not the same as false.
+        ("/v1/completions", {"model": "letters", "prompt": "a", "logprobs": 0}, 400, "logprobs = 0 is not supported"),
+        ("/v1/completions", {"model": "letters", "prompt": ["a", 5]}, 400, "the prompt is a int"),
+        ("/v1/completions", {"model": "letters", "prompt": ["a", "b", ""]}, 400, "the prompt is empty"),
+        (
+            "/v1/chat/completions",
+            {"model": "letters", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "image_url",
+        ),
         (GENERATE, {"text_input": "a" * 200_000}, 413, "are enough"),
         ("/v1/completions", {"model": "nobody", "prompt": "a"}, 404, ""),
         ("/v1/completions", {"prompt": "a"}, 400, "model"),
@@ -318,6 +355,16 @@ def test_more_clients_than_slots_all_get_their_own_text(served, letters):
     assert max(letters.stepper.decoded) == 2
 
 
+@pytest.mark.parametrize("path", [GENERATE, "/v1/completions"])
+def test_tens_of_thousands_of_token_ids_are_a_prompt(served, letters, path):
+    letters.stepper.longest_prompt, letters.stepper.capacity = 40_000, 50_000
+    ids, rest = [1] * 39_999 + [65], {"max_tokens": 2, "temperature": 0}
+    body = {"input_ids": ids} if path == GENERATE else {"model": "letters", "prompt": ids}
+    status, answer = post(served, path, body | rest)
+    assert status == 200
+    assert (answer if path == GENERATE else answer["choices"][0])["token_ids"] == [66, 67]
+
+
 @pytest.mark.parametrize("text", ["ab", "abcdef"])
 def test_long_prompts_become_tokens_beside_the_event_loop(make_server, monkeypatch, text):
     threads = []
@@ -347,12 +394,12 @@ def test_others_are_answered_while_a_long_body_is_read(make_server, letters, mon
     reading, go_on, threads = threading.Event(), threading.Event(), []
     original = generation._cut
 
-    def slow(body):
+    def slow(body, kind):
         if len(body) > 1 << 16:
             threads.append(threading.current_thread().name)
             reading.set()
             assert go_on.wait(10)
-        return original(body)
+        return original(body, kind)
 
     monkeypatch.setattr(generation, "_cut", slow)
     server = make_server(letters)

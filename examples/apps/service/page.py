@@ -122,9 +122,12 @@ def main() -> None:
     given = parser.parse_args()
     if not given.artifact.exists():
         raise SystemExit(f"{given.artifact} is not there: run examples/apps/service/run.py first")
-    with running(given.artifact, given.port) as page, contextlib.suppress(KeyboardInterrupt):
-        print(f"open {page.url}; Ctrl-C ends it", flush=True)
-        page.serve_forever()
+    try:
+        with running(given.artifact, given.port) as page, contextlib.suppress(KeyboardInterrupt):
+            print(f"open {page.url}; Ctrl-C ends it", flush=True)
+            page.serve_forever()
+    except (lx.LeptonError, OSError, OverflowError) as error:  # no artifact, or no such port, or one that is in use
+        raise SystemExit(f"page.py: {error}") from error
 
 
 if __name__ == "__main__":

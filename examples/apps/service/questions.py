@@ -110,8 +110,15 @@ def _banking() -> dict[str, str]:
 
 
 def _read(file: pathlib.Path) -> list[tuple[str, str]]:
-    with file.open(newline="", encoding="utf-8") as rows:
-        return [(" ".join(row["text"].split()), row["category"]) for row in csv.DictReader(rows)]
+    known = _banking()
+    try:
+        with file.open(newline="", encoding="utf-8") as rows:
+            found = [(" ".join(row["text"].split()), row["category"]) for row in csv.DictReader(rows)]
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise SystemExit(f"{file} is not a file of BANKING77, with columns text and category: {error!r}") from error
+    if unknown := sorted({name for _, name in found} - known.keys()):
+        raise SystemExit(f"{file} has kinds of questions without a reply in replies.json: {', '.join(unknown[:5])}")
+    return found
 
 
 def _strangers() -> tuple[list[str], list[str], str]:

@@ -30,12 +30,12 @@ _ALIASES = {
 # What asks for nothing that is not done anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ("", [], None),
-    "stream": (True, False),
-    "details": (True, False),
+    "stream": (True, False, None),
+    "details": (True, False, None),
     "n": (1, None),
     "best_of": (1, None),
     "echo": (False, None),
-    "logprobs": (None, False, 0),
+    "logprobs": (None, False),
     "top_logprobs": (None, 0),
     "logit_bias": (None, {}),
     "suffix": (None, ""),
@@ -86,11 +86,22 @@ class CompletionRequest(_Named, kw_only=True):
     stream_options: StreamOptions | None = None
 
 
+class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+    """A part of a message."""
+
+    text: str
+
+
 class Message(msgspec.Struct):
-    """A message of a chat."""
+    """A message of a chat; of several texts, each begins a line."""
 
     role: str
-    content: str
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
 class ChatRequest(_Named, kw_only=True):
@@ -169,7 +180,7 @@ def read_asked[T](body: bytes, kind: type[T]) -> Asked[T]:
     Raises:
         HTTPError: 400 for what is not JSON, not UTF-8, or names no model; 413 as `read`.
     """
-    body, prompts = _cut(body)
+    body, prompts = _cut(body, kind)
     model = model_of(body)
     try:
         return Asked(model, _decoded(body, prompts, kind))
@@ -184,17 +195,16 @@ def read[T](body: bytes, kind: type[T]) -> tuple[T, dict[str, Any]]:
         HTTPError: 400 for what is not JSON, not UTF-8, or lacks a field; of a long body also for too much beside the
             prompts. 413 for more prompts than any model takes.
     """
-    return _decoded(*_cut(body), kind)
+    return _decoded(*_cut(body, kind), kind)
 
 
-def _cut(body: bytes) -> tuple[bytes, dict[str, list[Any]]]:
-    """The body without arrays of prompts, if it is long, and these by name."""
-    prompts: dict[str, list[Any]] = {}
-    for name in ("prompt", "input_ids") if len(body) > PIECE_BYTES else ():
-        body, found = cut_prompts(body, name)
-        if found is not None:
-            prompts[name] = found
-    return body, prompts
+def _cut(body: bytes, kind: Any) -> tuple[bytes, dict[str, list[Any]]]:
+    """The body without its array of prompts, if it is long, and that by name."""
+    if len(body) <= PIECE_BYTES:
+        return body, {}
+    name = "input_ids" if kind is GenerateRequest else "prompt"
+    body, found = cut_prompts(body, name)
+    return body, {} if found is None else {name: found}
 
 
 def _decoded[T](body: bytes, prompts: dict[str, list[Any]], kind: type[T]) -> tuple[T, dict[str, Any]]:
@@ -276,15 +286,18 @@ def sampling_of(fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = 
     >>> sampling_of({"max_tokens": 5, "stop": "END", "n": 1}).stop
     ('END',)
     """
-    found = dict(defaults or {})
+    found, known_as = dict(defaults or {}), dict[str, str]()
     for given, value in fields.items():
         name = _ALIASES.get(given, given)
         if name in _NEUTRAL:
-            if value not in _NEUTRAL[name]:
+            if not any(type(value) is type(each) and value == each for each in _NEUTRAL[name]):  # 0 is not false
                 raise HTTPError(400, f"{given} = {shortened(value)} is not supported")
         elif name in Sampling.__struct_fields__:
             if value is not None:  # as if it were not there
-                found[name] = [value] if name == "stop" and isinstance(value, str) else value
+                wanted = [value] if name == "stop" and isinstance(value, str) else value
+                if known_as.setdefault(name, given) != given and found[name] != wanted:
+                    raise HTTPError(400, f"{known_as[name]} and {given} are the same, and have different values")
+                found[name] = wanted
         elif name not in _IGNORED:
             raise HTTPError(400, f"unknown parameter {shortened(given)}")
     if found.get("stop") == [""]:  # how Triton's clients ask for none
@@ -301,7 +314,7 @@ def chat_text(messages: list[Message]) -> str:
     >>> chat_text([Message("user", "Hello")])
     'user: Hello\\nassistant:'
     """
-    return "".join(f"{message.role}: {message.content}\n" for message in messages) + "assistant:"
+    return "".join(f"{message.role}: {message.text}\n" for message in messages) + "assistant:"
 
 
 def event(value: Any, event_id: bytes = b"") -> bytes:
