@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import harness
@@ -201,11 +201,17 @@ type Request = Sequence[bytes]
 
 
 class Asking(asyncio.Protocol):
-    """A connection that sends the next request when it has the answer; all answers are of one length."""
+    """A connection that sends the next request when it has the answer; all answers are of one length.
+
+    Attributes:
+        first: place of its first request among all.
+        count: how many were answered.
+    """
 
     def __init__(self, requests: Sequence[Request], at: int, ended: Callable[[str], object]) -> None:
         self._requests, self._at, self._ended = requests, at, ended
         self._length = self._had = 0
+        self.first = at + 1
         self.count = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -238,8 +244,14 @@ class Asking(asyncio.Protocol):
             self._send()
 
 
-async def rate(port: int, requests: Sequence[Request], connections: int, seconds: float) -> float:
-    """Requests per second of a closed loop, its first quarter left out."""
+async def rate(
+    port: int,
+    requests: Sequence[Request],
+    connections: int,
+    seconds: float,
+    beside: Callable[[Sequence[Asking]], Coroutine[Any, Any, None]] | None = None,
+) -> float:
+    """Requests per second of a closed loop, its first quarter left out; `beside` goes on beside it, and never ends."""
     loop = asyncio.get_running_loop()
     failed: asyncio.Future[str] = loop.create_future()
     ended = functools.partial(_note, failed)
@@ -250,11 +262,14 @@ async def rate(port: int, requests: Sequence[Request], connections: int, seconds
             lambda at=at: Asking(requests, at, ended), "127.0.0.1", port
         )  # fmt: skip
         asking.append(protocol)
-    await asyncio.wait([failed], timeout=seconds / 4)
+    other = loop.create_task(beside(asking) if beside is not None else asyncio.sleep(2 * seconds))
+    await asyncio.wait([failed, other], timeout=seconds / 4, return_when=asyncio.FIRST_COMPLETED)
     before, began = sum(each.count for each in asking), time.perf_counter()
-    await asyncio.wait([failed], timeout=seconds)
+    await asyncio.wait([failed, other], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if failed.done():
         raise RuntimeError(failed.result())
+    if not other.cancel():
+        other.result()
     found = (sum(each.count for each in asking) - before) / (time.perf_counter() - began)
     for each in asking:
         each.close()
@@ -320,10 +335,10 @@ def shared(folder: pathlib.Path, counts: Sequence[int], connections: Sequence[in
                     )
                     alike[str(at_once)][models] = []
                     for most in around:
-                        _limit(server, names[0], most)
+                        limit(server, names[0], most)
                         of_three = [measured(requests[:1], at_once) for _ in range(3)]
                         alike[str(at_once)][models].append([most, *np.median(of_three, axis=0).tolist()])
-                _limit(server, names[0], sizes_compiled[-1])
+                limit(server, names[0], sizes_compiled[-1])
             for _ in range(3):
                 for count in counts:
                     whole_rates[count].append(measured(whole[:count], WHOLE_CONNECTIONS)[0])
@@ -376,7 +391,7 @@ def _repeated(rows: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarra
     return {name: np.repeat(each, count, axis=0) for name, each in rows.items()}
 
 
-def _limit(server: Server, name: str, rows: int) -> None:
+def limit(server: Server, name: str, rows: int) -> None:
     """Has a model take no more rows into a batch."""
     parameters = {"parameters": {"config": json.dumps({"max_batch_size": rows})}}
     url = f"http://127.0.0.1:{server.port}/v2/repository/models/{name}/load"

@@ -21,20 +21,23 @@ from lepton_xla.serve.client.repository import RepositoryClient
 from lepton_xla.serve.models.repository import Repository
 
 ROUNDS, CONNECTIONS, TARGET = 5, 64, 0.95
+SMALLER = "one version, in batches of half as many rows"
 HALVES = {"1": 0.5, "2": 0.5}
 CASES: Mapping[str, Mapping[str, Any] | None] = {
     "one version": None,
     "one version, by shares": {"shares": {"1": 1.0}},
     "shares": {"shares": HALVES},
     "shares, sticky by a header": {"shares": HALVES, "sticky": "x-user"},
+    SMALLER: None,
     "one version, all asked of a shadow too": {"shares": {"1": 1.0}, "shadow": {"to": "2", "fraction": 1.0}},
 }
 
 INTRODUCTION = (
     "## Traffic\n\n"
     "Requests of one row to a model with two equal versions, a closed loop of 64 connections; rounds take turns, and "
-    "each is compared with the round of one version beside it. Shares make two batches of what would "
-    "be one. On a server as busy as this one a shadow has a fiftieth of the time: what is more is left out."
+    "each is compared with the round of one version beside it. Shares make two batches of what would be one, which is "
+    "most of what they cost: beside them is one version whose batches may have half as many rows as there are "
+    "connections. On a server as busy as this one a shadow has a fiftieth of the time: what is more is left out."
 )
 
 
@@ -57,11 +60,15 @@ def measured(folder: pathlib.Path, seconds: float, rounds: int, *, quick: bool) 
                     client.clear_traffic(payload.model)
                     if traffic is not None:
                         client.set_traffic(payload.model, traffic)
+                    if name == SMALLER:
+                        crowding.limit(server, payload.model, CONNECTIONS // 2)
                     requests = [request(payload, user) for user in range(CONNECTIONS)]
                     before = counted(client)
                     found[name].append(uvloop.run(crowding.rate(server.port, requests, CONNECTIONS, seconds)))
                     busy_s, answered = (now - then for now, then in zip(counted(client), before, strict=True))
                     used[name].append(busy_s / answered)
+                    if name == SMALLER:
+                        crowding.limit(server, payload.model, CONNECTIONS)
             text = client.metrics()
         for line in text.splitlines():
             if line.startswith("lepton_shadow_rows_total{"):

@@ -292,29 +292,31 @@ class App:
         self, head: Head, model: str, split: Split, one: Callable[[weakref.ref[ModelHandle]], Route]
     ) -> Route:
         """Has one of several versions answer. What depends on the header fields only is decided here."""
-        ways: dict[str, tuple[Chosen, Route]] = {}
+        # Of a version: how it was chosen, the same where a shadow is asked too, and what answers.
+        ways: dict[str, tuple[Chosen, Chosen | None, Route]] = {}
         for version, share in split.shares.items():
             found = weakref.ref(self._models.find(model, version))
-            ways[version] = (share, None), one(found)
-        mirror, shadow = self._mirror, split.shadow
+            mirrored = (share, split.shadow) if split.has_shadow(version) else None
+            ways[version] = (share, None), mirrored, one(found)
+        mirror = self._mirror
         length = head.headers.get(b"inference-header-content-length", b"")
         json_bytes = int(length) if length.isdigit() and len(length) < 20 else None
         coding = head.headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
         by_id = split.sticky == BY_ID
         key = head.headers.get(split.sticky.encode()) if split.sticky and not by_id else None
-        fixed = None if key is None else split.choose(key)
+        fixed = ways[split.choose(key).version] if key is not None or len(ways) == 1 else None
 
         def route(exchange: Exchange) -> None:
-            choice = fixed
-            if choice is None:
+            way = fixed
+            if way is None:
                 by = wire.id_of(encoding.start_of(exchange.body, coding), json_bytes) if by_id else None
-                choice = split.choose(by)
-            exchange.choice, answer = ways[choice.version]
-            if shadow is not None and split.mirrors(choice.version):
+                way = ways[split.choose(by).version]
+            exchange.choice, mirrored, answer = way
+            if mirrored is not None and split.mirrors():
                 if exchange.started_s < mirror.rest_until_s:
                     mirror.left_out += 1
                 else:
-                    exchange.choice = choice.propensity, shadow
+                    exchange.choice = mirrored
             answer(exchange)
 
         return route

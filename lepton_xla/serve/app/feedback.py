@@ -9,7 +9,7 @@ from lepton_xla.serve.app.later import Later
 from lepton_xla.serve.errors import HTTPError
 from lepton_xla.serve.http.exchange import Exchange
 from lepton_xla.serve.models.handle import ModelHandle
-from lepton_xla.serve.monitor.feedback import divide
+from lepton_xla.serve.monitor.feedback import divide, rows_of, unknown_answer
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import monitoring
 
@@ -54,12 +54,13 @@ class FeedbackPage:
             )
         parts, rest = divide(judges, labels)
         # Held here until the others have counted theirs: all of the labels are taken, or none.
-        held = [(judge, judge.hold(part)) for judge, part in parts]
-        rows = sum(len(right) for _, part in parts for right in part.values())
-        if rest and self._others is not None:
+        for judge, held in parts:
+            judge.check(held)
+        rows = rows_of(parts)
+        if rest:
+            if self._others is None:
+                raise unknown_answer()
             rows += await self._others.judge(name, rest)
-        elif rest:
-            judges[0].hold(rest)
-        for judge, each in held:
-            judge.settle(each)
+        for judge, held in parts:
+            judge.settle(held)
         return monitoring.FeedbackTaken(rows)

@@ -260,7 +260,7 @@ class GenerationPages:
         # Bodies in OpenAI's form have no id: by that, versions are drawn.
         sticky = split.sticky if split.sticky != BY_ID else ""
         choice = split.choose(exchange.head.headers.get(sticky.encode()) if sticky else None)
-        shadow = split.shadow if split.mirrors(choice.version) else None
+        shadow = split.shadow if split.has_shadow(choice.version) and split.mirrors() else None
         exchange.choice = choice.propensity, shadow
         return self._models.find(name, choice.version)
 

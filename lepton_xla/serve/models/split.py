@@ -86,9 +86,13 @@ class Split:
         version = max(self._arms, key=lambda arm: _score(key, arm[0], arm[1]))[2]
         return Choice(version, self.shares[version])
 
-    def mirrors(self, version: str) -> bool:
-        """Whether the shadow is asked too; it never is where it has answered."""
-        return self.shadow is not None and self.shadow != version and self._draw() < self.fraction
+    def has_shadow(self, version: str) -> bool:
+        """Whether the shadow may be asked too; it never is where it has answered."""
+        return self.shadow is not None and self.shadow != version and self.fraction > 0
+
+    def mirrors(self) -> bool:
+        """Whether the shadow is asked too, of a version that has one."""
+        return self.fraction == 1 or self._draw() < self.fraction
 
 
 def _score(key: bytes, arm: bytes, share: float) -> float:

@@ -7,8 +7,8 @@ comes.
 from __future__ import annotations
 
 import operator
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,37 @@ from lepton_xla.serve.protocol.monitoring import MAX_ID, RightAnswers
 
 # Labels beyond these are counted as right or wrong only.
 _MOST_LABELS = 128
+# Answers are dropped a piece at a time: dropping the oldest one for each that comes takes longer than keeping it.
+_PIECES = 16
 
 
-type Held = dict[str, tuple[Sequence[int | str], bytes]]
-"""Request id -> the right class of each row, or the right reply; and the answer."""
+class _Piece:
+    """Answers that came after one another.
+
+    Attributes:
+        answers: request id -> answer. In the place of one that was judged, a hash of its labels: the same may come
+            again, others may not.
+        propensities: request id -> propensity, where it is not 0.
+        nbytes: bytes of answers and ids.
+    """
+
+    __slots__ = ("answers", "nbytes", "propensities")
+
+    def __init__(self) -> None:
+        self.answers: dict[str, bytes | int] = {}
+        self.propensities: dict[str, float] = {}
+        self.nbytes = 0
+
+    def drop(self, request_id: str) -> None:
+        """Forgets an answer, if it is here."""
+        kept = self.answers.pop(request_id, None)
+        if kept is not None:
+            self.nbytes -= len(request_id) + (len(kept) if isinstance(kept, bytes) else 0)
+            self.propensities.pop(request_id, None)
+
+
+type Held = list[tuple[str, Sequence[int | str], bytes | int, _Piece]]
+"""Request ids, the right class of each row or the right reply, what is kept of the answer, and where."""
 
 
 class Feedback:
@@ -52,17 +79,15 @@ class Feedback:
     def __init__(self, dtype: np.dtype[Any], classes: int, most: int = 100_000, most_bytes: int = 64 << 20) -> None:
         self._dtype = dtype
         self._classes = classes
-        self._most = most
         self._most_bytes = most_bytes
+        self._pieces = deque([_Piece()])  # the latest first
+        self._most_pieces = min(_PIECES, most)
+        self._piece_answers, self._piece_bytes = most // self._most_pieces, most_bytes // self._most_pieces
         self._read = type(self), dtype, classes
         self._row_bytes = dtype.itemsize * classes
-        # In the place of an answer that was judged, a hash of its labels: the same may come again, others may not.
-        self._answers: OrderedDict[str, bytes | int] = OrderedDict()
-        self._bytes = 0
         self.right = self.wrong = 0
         self.labels: dict[str, list[int]] = {}
         self.weighted = [0.0] * 5
-        self._propensities: dict[str, float] = {}
         self.taken: Callable[[RightAnswers], object] | None = None
 
     def remember(self, request_id: str, output: bytes | memoryview, propensity: float = 0.0) -> None:
@@ -73,21 +98,28 @@ class Feedback:
             output: the bytes of the answer.
             propensity: the probability with which this version was drawn to answer; 0 where it was not drawn.
         """
-        answers = self._answers
-        before = answers.pop(request_id, None)
-        if before is not None:
-            self._bytes -= _size(request_id, before)
-            self._propensities.pop(request_id, None)
-        if len(output) > self._most_bytes // 16 or len(request_id) > MAX_ID:
+        if len(output) > self._most_bytes // _PIECES or len(request_id) > MAX_ID:
+            for piece in self._pieces:
+                piece.drop(request_id)
             return
-        answers[request_id] = bytes(output)
-        self._bytes += len(request_id) + len(output)
+        piece, size = self._pieces[0], len(request_id) + len(output)
+        if len(piece.answers) >= self._piece_answers or piece.nbytes + size > self._piece_bytes:
+            piece = self._begin(size)
+        elif request_id in piece.answers:
+            piece.drop(request_id)
+        piece.answers[request_id] = bytes(output)
+        piece.nbytes += size
         if propensity:
-            self._propensities[request_id] = propensity
-        while len(answers) > self._most or self._bytes > self._most_bytes:
-            oldest, dropped = answers.popitem(last=False)
-            self._bytes -= _size(oldest, dropped)
-            self._propensities.pop(oldest, None)
+            piece.propensities[request_id] = propensity
+
+    def _begin(self, size: int) -> _Piece:
+        """Begins a piece, which has room for so many bytes."""
+        pieces = self._pieces
+        room = self._most_bytes - max(size, self._piece_bytes)
+        while len(pieces) >= self._most_pieces or (pieces and self.nbytes > room):
+            pieces.pop()
+        pieces.appendleft(_Piece())
+        return pieces[0]
 
     def after(self, before: Feedback) -> Feedback:
         """What judges answers when this takes the place of another: the other itself, if answers are read alike.
@@ -103,79 +135,81 @@ class Feedback:
     @property
     def count(self) -> int:
         """Number of answers that are kept, or were judged."""
-        return len(self._answers)
+        return sum(len(piece.answers) for piece in self._pieces)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the answers that are kept, and of all ids."""
-        return self._bytes
+        return sum(piece.nbytes for piece in self._pieces)
 
     def forget(self) -> None:
         """Drops all answers; what was counted stays."""
-        self._answers.clear()
-        self._propensities.clear()
-        self._bytes = 0
+        self._pieces = deque([_Piece()])
 
-    def known(self, request_ids: Iterable[str]) -> list[str]:
-        """Those of some requests whose answer is kept, or was judged."""
-        return [each for each in request_ids if each in self._answers]
-
-    def hold(self, labels: RightAnswers) -> Held:
-        """Checks labels without counting them, and holds the answers that they are for, whatever is dropped meanwhile.
+    def hold(self, labels: RightAnswers) -> tuple[Held, RightAnswers]:
+        """Finds the answers that labels are for, and holds them, whatever is dropped meanwhile.
 
         Returns:
-            What `settle` takes, without labels that were counted before, as retries bring them.
+            What `check` and `settle` take, and the labels of answers that are not known here.
+        """
+        held: Held = []
+        unknown: dict[str, Sequence[int | str]] = {}
+        for request_id, right in labels.items():
+            for piece in self._pieces:
+                kept = piece.answers.get(request_id)
+                if kept is not None:
+                    held.append((request_id, right, kept, piece))
+                    break
+            else:
+                unknown[request_id] = right
+        return held, unknown
+
+    def check(self, held: Held) -> None:
+        """Checks labels without counting them.
 
         Raises:
-            HTTPError: 404 for an id that is not known, 409 for one that was judged by other labels, 400 for labels that
-                do not fit.
+            HTTPError: 409 for answers that were judged by other labels, 400 for labels that do not fit.
         """
-        held: Held = {}
-        for request_id, right in labels.items():
-            kept = self._answers.get(request_id)
-            if kept is None:
-                raise HTTPError(404, "feedback is for a request that this model has not answered, or not lately")
-            if isinstance(kept, int):
-                if kept != hash(tuple(right)):
-                    raise HTTPError(409, "this request has had other feedback")
-                continue
-            self._check(right, kept)
-            held[request_id] = right, kept
-        return held
+        for _, right, kept, _ in held:
+            if isinstance(kept, bytes):
+                self._check(right, kept)
+            elif kept != hash(tuple(right)):
+                raise HTTPError(409, "this request has had other feedback")
 
     def _check(self, right: Sequence[int | str], kept: bytes) -> None:
-        known = True
-        for each in right:
-            if isinstance(each, str):
-                raise HTTPError(400, "a label is a text; this model's are classes")
-            known = known and 0 <= each < self._classes
         if len(right) * self._row_bytes != len(kept):
             rows = len(kept) // self._row_bytes
             raise HTTPError(400, f"the request had {rows} rows, the feedback has {len(right)} labels")
-        if not known:
-            raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
+        for each in right:
+            if isinstance(each, str):
+                raise HTTPError(400, "a label is a text; this model's are classes")
+            if not 0 <= each < self._classes:
+                raise HTTPError(400, f"a label is none of the model's classes, 0 to {self._classes - 1}")
 
     def _answers_of(self, kept: Sequence[bytes]) -> Sequence[int | str]:
         return classes_of(np.frombuffer(b"".join(kept), self._dtype).reshape(-1, self._classes)).tolist()
 
     def settle(self, held: Held) -> None:
-        """Counts what was held; what somebody else has counted meanwhile, not again."""
-        now = self._answers
-        held = {request_id: each for request_id, each in held.items() if not isinstance(now.get(request_id), int)}
-        if not held:
+        """Counts what was held and checked; what was counted before, as retries bring it, or meanwhile, not again."""
+        new = [
+            (request_id, right, answer, piece)
+            for request_id, right, answer, piece in held
+            if isinstance(answer, bytes) and not isinstance(piece.answers.get(request_id), int)
+        ]
+        if not new:
             return
-        answers = self._answers_of([answer for _, answer in held.values()])
-        self._count([label for right, _ in held.values() for label in right], answers)
+        answers = self._answers_of([answer for _, _, answer, _ in new])
+        self._count([label for _, right, _, _ in new for label in right], answers)
         at = 0
-        for request_id, (right, answer) in held.items():
-            if self._propensities:
-                self._weigh(self._propensities.pop(request_id, 0.0), right, answers[at : at + len(right)])
+        for request_id, right, answer, piece in new:
+            if piece.propensities:
+                self._weigh(piece.propensities.pop(request_id, 0.0), right, answers[at : at + len(right)])
             at += len(right)
-            if now.get(request_id) is answer:  # neither dropped, nor is there another answer with this id
-                now[request_id] = hash(tuple(right))
-                self._bytes -= len(answer)
+            if piece.answers.get(request_id) is answer:  # neither dropped, nor is there another answer with this id
+                piece.answers[request_id] = hash(tuple(right))
+                piece.nbytes -= len(answer)
         if self.taken is not None:
-            self.taken({request_id: right for request_id, (right, _) in held.items()})
+            self.taken({request_id: right for request_id, right, _, _ in new})
 
     def judge(self, labels: RightAnswers) -> int:
         """Counts right answers: all of them, or none. Labels that come again, as retries do, are not counted again.
@@ -184,9 +218,13 @@ class Feedback:
             How many rows were judged, then or before.
 
         Raises:
-            HTTPError: as `hold`.
+            HTTPError: as `check`; 404 for an id that is not known.
         """
-        self.settle(self.hold(labels))
+        held, unknown = self.hold(labels)
+        self.check(held)
+        if unknown:
+            raise unknown_answer()
+        self.settle(held)
         return sum(map(len, labels.values()))
 
     def _count(self, labels: Sequence[int | str], answers: Sequence[int | str]) -> None:
@@ -242,11 +280,12 @@ class ReplyFeedback(Feedback):
         return [each.decode("utf-8", "surrogatepass") for each in kept]
 
 
-def _size(request_id: str, kept: bytes | int) -> int:
-    return len(request_id) + (len(kept) if isinstance(kept, bytes) else 0)
+def unknown_answer() -> HTTPError:
+    """The error for feedback that is for nothing known."""
+    return HTTPError(404, "feedback is for a request that this model has not answered, or not lately")
 
 
-type Part = tuple[Feedback, RightAnswers]
+type Part = tuple[Feedback, Held]
 """What judges some labels, and these labels."""
 
 
@@ -260,9 +299,13 @@ def divide(judges: Sequence[Feedback], labels: RightAnswers) -> tuple[list[Part]
     ([True], {'b': [0]})
     """
     parts: list[Part] = []
-    rest = dict(labels)
     for judge in judges:
-        part: RightAnswers = {request_id: rest.pop(request_id) for request_id in judge.known(rest)}
-        if part:
-            parts.append((judge, part))
-    return parts, rest
+        held, labels = judge.hold(labels)
+        if held:
+            parts.append((judge, held))
+    return parts, labels
+
+
+def rows_of(parts: Sequence[Part]) -> int:
+    """Number of rows that parts have labels for."""
+    return sum(len(right) for _, held in parts for _, right, _, _ in held)

@@ -19,10 +19,10 @@ _log = logging.getLogger("lepton_xla.serve")
 # Rows are counted in groups, since NumPy's overhead is that of a call.
 _GROUP_ROWS = 256
 _GROUP_BYTES = 16 << 20
-# Copying and counting take at most this share of the time; rows beyond are left out, evenly. Some time is saved up for
-# bursts.
-_SHARE = 0.02
-_SAVED_S = 0.05
+SHARE = 0.01
+"""Copying and counting rows take at most this part of the time; rows beyond are left out, evenly."""
+# Saved up for bursts.
+_SAVED_S = 0.01
 
 
 class Monitor:
@@ -79,7 +79,7 @@ class Monitor:
             return
         with self._lock:
             started = self._clock()
-            self._allowance_s = min(_SAVED_S, self._allowance_s + _SHARE * (started - self._last_s))
+            self._allowance_s = min(_SAVED_S, self._allowance_s + SHARE * (started - self._last_s))
             self._last_s = started
             if self._allowance_s <= 0:
                 return
@@ -123,9 +123,9 @@ class Monitor:
             propensity: see `Feedback.remember`.
         """
         if self.feedback is not None:
-            for (index, _), data in zip(asked, outputs, strict=True):
+            for at, (index, _) in enumerate(asked):
                 if index == self._judged:
-                    self.feedback.remember(request_id, data, propensity)
+                    self.feedback.remember(request_id, outputs[at], propensity)
                     break
 
     def counts(self) -> dict[str, Any]:

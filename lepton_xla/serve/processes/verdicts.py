@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 from lepton_xla.serve.errors import HTTPError
+from lepton_xla.serve.monitor.feedback import unknown_answer
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import Child
 from lepton_xla.serve.protocol.monitoring import RightAnswers
@@ -52,7 +53,7 @@ class Verdicts:
         if rest and None in found:
             raise HTTPError(503, "a worker that may have answered does not say; try again", "Retry-After: 1")
         if rest:
-            raise HTTPError(404, "feedback is for a request that this model has not answered, or not lately")
+            raise unknown_answer()
         counted = await asyncio.gather(*(self._ask(child, model, part, count=True) for child, part in parts))
         return sum(_check(judged).rows for judged in counted)
 

@@ -31,7 +31,7 @@ from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.trimming import Trimmer
-from lepton_xla.serve.monitor.feedback import divide
+from lepton_xla.serve.monitor.feedback import divide, rows_of
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import run_child
@@ -258,12 +258,15 @@ class Worker:
         parts, rest = divide(self._metrics.judges(model), labels)
         known = [index for index, request_id in enumerate(labels) if request_id not in rest]
         try:
-            for judge, part in parts:
-                judge.hold(part)
-            rows = sum(judge.judge(part) for judge, part in parts) if count else 0
+            for judge, held in parts:
+                judge.check(held)
         except HTTPError as error:
             return control.Judged(number, known, status=error.status, error=error.message)
-        return control.Judged(number, known, rows)
+        if not count:
+            return control.Judged(number, known)
+        for judge, held in parts:
+            judge.settle(held)
+        return control.Judged(number, known, rows_of(parts))
 
     # What is counted.
 

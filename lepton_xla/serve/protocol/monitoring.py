@@ -20,11 +20,15 @@ type RightAnswers = Mapping[str, Sequence[int | str]]
 """Request id -> the right class of each row, or the one right reply."""
 
 
-class FeedbackEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FeedbackEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """The right answer of one request: its class, or one for each of its rows; or the right reply, a text."""
 
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID, description="The `id` of the request.")]
-    label: Annotated[int, msgspec.Meta(ge=0)] | Annotated[list[int], msgspec.Meta(min_length=1, max_length=65536)] | str
+    label: (
+        Annotated[int, msgspec.Meta(ge=0)]
+        | Annotated[tuple[int, ...], msgspec.Meta(min_length=1, max_length=65536)]
+        | str
+    )
 
 
 class FeedbackRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,7 +107,7 @@ def feedback(body: bytes | bytearray) -> RightAnswers:
             400, f'the body must be an object such as {{"feedback": [{{"id": "a", "label": 3}}]}}: {first_line(error)}'
         ) from error
     labels: RightAnswers = {
-        entry.id: entry.label if isinstance(entry.label, list) else [entry.label] for entry in entries
+        entry.id: entry.label if isinstance(entry.label, tuple) else (entry.label,) for entry in entries
     }
     if len(labels) != len(entries):
         raise HTTPError(400, "the feedback has an id twice")

@@ -17,6 +17,11 @@ def answer(*classes, of=4):
     return np.eye(of, dtype=np.float32)[list(classes)].tobytes()
 
 
+def known(feedback, ids):
+    """Those of some ids whose answer is kept, or was judged."""
+    return [request_id for request_id, *_ in feedback.hold({each: [0] for each in ids})[0]]
+
+
 @pytest.fixture
 def feedback():
     return Feedback(np.dtype("float32"), classes=4, most=3)
@@ -85,27 +90,36 @@ def test_the_same_feedback_may_come_again_and_no_other(feedback):
 def test_only_the_latest_answers_are_kept(feedback):
     for name in "abcd":
         feedback.remember(name, answer(0))
-    assert feedback.known("abcd") == ["b", "c", "d"]
+    assert known(feedback, "abcd") == ["b", "c", "d"]
     feedback.remember("b", answer(1))  # the same id again: the later answer is meant
     feedback.remember("e", answer(0))
-    assert feedback.known("bcde") == ["b", "d", "e"]
+    assert known(feedback, "bcde") == ["b", "d", "e"]
     feedback.judge({"b": [1]})
     assert feedback.right == 1
+
+
+def test_old_answers_are_dropped_many_at_a_time():
+    feedback = Feedback(np.dtype("float32"), classes=4, most=320)
+    for number in range(1, 1001):
+        feedback.remember(str(number), answer(0))
+        kept = known(feedback, map(str, range(number + 1)))
+        assert min(number, 301) <= len(kept) == feedback.count <= 320
+        assert kept == [str(each) for each in range(number - len(kept) + 1, number + 1)]
 
 
 def test_the_bytes_of_answers_and_their_ids_are_bounded():
     feedback = Feedback(np.dtype("float32"), classes=4, most_bytes=(16 + 3) * 64)
     for number in range(100, 1000):
         feedback.remember(str(number), answer(0))
-    assert len(feedback.known(map(str, range(1000)))) == 64
+    assert len(known(feedback, map(str, range(1000)))) == 64
     feedback.remember("large", answer(*[0] * 100))
-    assert not feedback.known(["large"])
+    assert not known(feedback, ["large"])
     for number in range(936, 1000):
         feedback.judge({str(number): [0]})
     assert feedback.nbytes == 3 * 64
     for number in range(100):
         feedback.remember(f"{number}".zfill(MAX_ID), answer(0))
-    assert feedback.known(["98".zfill(MAX_ID), "99".zfill(MAX_ID)]) == ["98".zfill(MAX_ID), "99".zfill(MAX_ID)]
+    assert known(feedback, ["98".zfill(MAX_ID), "99".zfill(MAX_ID)]) == ["98".zfill(MAX_ID), "99".zfill(MAX_ID)]
     assert (feedback.count, feedback.nbytes) == (2, 2 * (16 + MAX_ID))
     feedback.remember("x" * (MAX_ID + 1), answer(0))  # no feedback can name it
     assert feedback.count == 2
@@ -138,14 +152,14 @@ def test_a_version_that_is_loaded_no_more_takes_late_feedback_for_a_while(feedba
         feedback.remember(name, answer(0))
     metrics.closed("m", "1")
     clock.now = 2 * LATE_S
-    assert (metrics.judges("m"), feedback.known("ab")) == ([feedback], ["a", "b"])
+    assert (metrics.judges("m"), known(feedback, "ab")) == ([feedback], ["a", "b"])
     metrics.closed("m", "1")
     clock.now += LATE_S
     assert (metrics.judges("m"), metrics.judges("other")) == ([feedback], [])
     feedback.judge({"a": [0]})
     clock.now += 1.0
     metrics.bring_up_to_date()  # as every second; no feedback need come
-    assert (metrics.judges("m"), feedback.known("ab"), feedback._bytes, feedback.right) == ([], [], 0, 1)
+    assert (metrics.judges("m"), known(feedback, "ab"), feedback.nbytes, feedback.right) == ([], [], 0, 1)
 
 
 def test_one_that_comes_back_is_closed_anew(closing):
