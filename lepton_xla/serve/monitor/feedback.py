@@ -6,6 +6,7 @@ comes.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -79,8 +80,8 @@ class Feedback:
     def __init__(self, dtype: np.dtype[Any], classes: int, most: int = 100_000, most_bytes: int = 64 << 20) -> None:
         self._dtype = dtype
         self._classes = classes
-        self._most_bytes = most_bytes
-        self._pieces = deque([_Piece()])  # the latest first
+        self._most_bytes, self._most_output_bytes = most_bytes, most_bytes // _PIECES
+        self.forget()
         self._most_pieces = min(_PIECES, most)
         self._piece_answers, self._piece_bytes = most // self._most_pieces, most_bytes // self._most_pieces
         self._read = type(self), dtype, classes
@@ -98,16 +99,19 @@ class Feedback:
             output: the bytes of the answer.
             propensity: the probability with which this version was drawn to answer; 0 where it was not drawn.
         """
-        if len(output) > self._most_bytes // _PIECES or len(request_id) > MAX_ID:
+        output_bytes, id_length = len(output), len(request_id)
+        if output_bytes > self._most_output_bytes or id_length > MAX_ID:
             for piece in self._pieces:
                 piece.drop(request_id)
             return
-        piece, size = self._pieces[0], len(request_id) + len(output)
-        if len(piece.answers) >= self._piece_answers or piece.nbytes + size > self._piece_bytes:
+        piece, size = self._latest, id_length + output_bytes
+        answers = piece.answers
+        if len(answers) >= self._piece_answers or piece.nbytes + size > self._piece_bytes:
             piece = self._begin(size)
-        elif request_id in piece.answers:
+            answers = piece.answers
+        elif request_id in answers:
             piece.drop(request_id)
-        piece.answers[request_id] = bytes(output)
+        answers[request_id] = bytes(output)
         piece.nbytes += size
         if propensity:
             piece.propensities[request_id] = propensity
@@ -118,8 +122,9 @@ class Feedback:
         room = self._most_bytes - max(size, self._piece_bytes)
         while len(pieces) >= self._most_pieces or (pieces and self.nbytes > room):
             pieces.pop()
-        pieces.appendleft(_Piece())
-        return pieces[0]
+        self._latest = _Piece()
+        pieces.appendleft(self._latest)
+        return self._latest
 
     def after(self, before: Feedback) -> Feedback:
         """What judges answers when this takes the place of another: the other itself, if answers are read alike.
@@ -144,7 +149,8 @@ class Feedback:
 
     def forget(self) -> None:
         """Drops all answers; what was counted stays."""
-        self._pieces = deque([_Piece()])
+        self._latest = _Piece()
+        self._pieces = deque([self._latest])  # the latest first
 
     def hold(self, labels: RightAnswers) -> tuple[Held, RightAnswers]:
         """Finds the answers that labels are for, and holds them, whatever is dropped meanwhile.
@@ -191,25 +197,31 @@ class Feedback:
 
     def settle(self, held: Held) -> None:
         """Counts what was held and checked; what was counted before, as retries bring it, or meanwhile, not again."""
-        new = [
-            (request_id, right, answer, piece)
-            for request_id, right, answer, piece in held
-            if isinstance(answer, bytes) and not isinstance(piece.answers.get(request_id), int)
-        ]
-        if not new:
-            return
-        answers = self._answers_of([answer for _, _, answer, _ in new])
-        self._count([label for _, right, _, _ in new for label in right], answers)
-        at = 0
-        for request_id, right, answer, piece in new:
-            if piece.propensities:
-                self._weigh(piece.propensities.pop(request_id, 0.0), right, answers[at : at + len(right)])
-            at += len(right)
-            if piece.answers.get(request_id) is answer:  # neither dropped, nor is there another answer with this id
+        new: dict[str, Sequence[int | str]] = {}
+        kept: list[bytes] = []
+        weighed: list[tuple[int, float]] = []
+        for request_id, right, answer, piece in held:
+            now = piece.answers.get(request_id)
+            if isinstance(answer, int) or isinstance(now, int):
+                continue
+            if now is answer:  # neither dropped, nor is there another answer with this id
                 piece.answers[request_id] = hash(tuple(right))
                 piece.nbytes -= len(answer)
+            if piece.propensities:
+                weighed.append((len(new), piece.propensities.pop(request_id, 0.0)))
+            new[request_id] = right
+            kept.append(answer)
+        if not new:
+            return
+        labels = list(itertools.chain.from_iterable(new.values()))
+        answers = self._answers_of(kept)
+        self._count(labels, answers)
+        starts = [0, *itertools.accumulate(map(len, new.values()))] if weighed else []
+        for number, propensity in weighed:
+            rows = slice(starts[number], starts[number + 1])
+            self._weigh(propensity, labels[rows], answers[rows])
         if self.taken is not None:
-            self.taken({request_id: right for request_id, right, _, _ in new})
+            self.taken(new)
 
     def judge(self, labels: RightAnswers) -> int:
         """Counts right answers: all of them, or none. Labels that come again, as retries do, are not counted again.

@@ -122,11 +122,13 @@ class Monitor:
             outputs: the bytes of each.
             propensity: see `Feedback.remember`.
         """
-        if self.feedback is not None:
-            for at, (index, _) in enumerate(asked):
+        feedback, at = self.feedback, 0
+        if feedback is not None:
+            for index, _ in asked:  # each request comes here, and `enumerate` takes longer
                 if index == self._judged:
-                    self.feedback.remember(request_id, outputs[at], propensity)
-                    break
+                    feedback.remember(request_id, outputs[at], propensity)
+                    return
+                at += 1
 
     def counts(self) -> dict[str, Any]:
         """What was counted; that of other processes may be added.
