@@ -396,8 +396,8 @@ def tables(found: Any) -> list[str]:
         ]  # fmt: skip
         made.append("### Reloads of one model under traffic to another")
         made.append(
-            "Of each p99 a part is the generator's, which was late with requests itself; and for some time others on the "
-            "host kept the cores of this virtual machine from running."
+            "Of each p99 a part is the generator's, which was late with requests itself; and for some time others on "
+            "the host kept the cores of this virtual machine from running."
         )
         header = ("reloads", "resident, MiB", "p50, ms", "p99, ms", "generator late, p99, ms", "taken by others, ms",
                   "errors")  # fmt: skip
