@@ -398,9 +398,8 @@ def tables(found: Any) -> list[str]:
         ]  # fmt: skip
         made.append("### Reloads of one model under traffic to another")
         made.append(
-            "Of each p99 a part is the generator's, which was late with requests itself. Where p99 stands out, other "
-            "processes of the machine took the server's core: its threads were ready to run and did not. The last column "
-            "but one is the processor time that they had in this row's seconds."
+            "Of each p99 a part is the generator's, which was late with requests itself; and other processes that take "
+            "the server's core show in it. The last column but one is the processor time that these had meanwhile."
         )
         header = ("reloads", "resident, MiB", "p50, ms", "p99, ms", "generator late, p99, ms",
                   "other processes, ms", "errors")  # fmt: skip
