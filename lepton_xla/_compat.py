@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import clusters, config, debugging, distributed, source_info_util
+from jax._src import clusters, config, debugging, dispatch, distributed, source_info_util
 from jax._src.core import ShapedArray, Tracer
 from jax._src.interpreters import partial_eval
+from jax._src.sharding_impls import ShardingContext
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core as jex_core
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 type Jaxpr = Any
 type Equation = Any
@@ -229,6 +232,7 @@ def row_primitive(
     by_xla: Callable[..., jax.Array],
     call: Callable[..., tuple[str, tuple[Any, ...], dict[str, Any]] | None],
     by_row: tuple[int, ...] = (0,),
+    axes: Callable[..., str] | None = None,
 ) -> Any:
     """Make an operation on the rows of its first operand, [M, ...], that a custom call may compute on a CPU.
 
@@ -242,8 +246,12 @@ def row_primitive(
         call: `call(*operands, **params)`: target, operands and attributes of the custom call; None if there is none
             here.
         by_row: indices of the operands that have as many rows as the result, or none at all.
+        axes: `axes(**params)`: letters of the axes of operands and result, such as `mk,nk->mn`. Several devices may
+            each compute a part of an axis of the result, of the parts of operands that have its letter. By default of
+            rows.
     """
     primitive = jex_core.Primitive(name)
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
 
     def shaped(*operands: Any, **params: Any) -> Any:
         return ShapedArray(*shape(*operands, **params), manual_axis_type=operands[0].manual_axis_type)
@@ -258,9 +266,16 @@ def row_primitive(
         found = call(*operands, **params)
         if found is None:
             return generic(context, *operands, **params)
+        if _on_several_devices(context):
+            return mlir.lower_fun(cut, multiple_results=False)(context, *operands, **params)
         target, given, attributes = found
         kept = context.replace(avals_in=[context.avals_in[places[id(operand)]] for operand in given])
         return jax.ffi.ffi_lowering(target)(kept, *given, **attributes)
+
+    def cut(*operands: Any, **params: Any) -> Any:
+        rows = ",".join("m" if place in by_row else "" for place in range(len(operands)))
+        letters = axes(**params) if axes else f"{rows}->m"
+        return _cut(lambda *given: primitive.bind(*given, **params), operands, letters)
 
     def batched(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, int]:
         size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
@@ -293,3 +308,52 @@ def row_primitive(
     mlir.register_lowering(primitive, on_cpu, platform="cpu")
     batching.primitive_batchers[primitive] = batched
     return primitive
+
+
+def _on_several_devices(context: Any) -> bool:
+    """Whether something is lowered for several devices of a mesh, among which XLA is to share it."""
+    axes = context.module_context.axis_context
+    return isinstance(axes, ShardingContext) and axes.num_devices > 1 and bool(axes.abstract_mesh)
+
+
+def _cut(compute: Callable[..., Any], operands: Sequence[Any], axes: str) -> Any:
+    """Compute something on several devices, each the part that is its own of the axes of the result.
+
+    Args:
+        compute: computes a part, of parts of the operands.
+        operands: all of them.
+        axes: as in `row_primitive`.
+    """
+    *given, result = axes.replace("->", ",").split(",")
+    out = jax.eval_shape(compute, *operands)
+    sizes = dict(zip(result, out.shape, strict=False))
+    # What is missing has no elements, and what is the same for all has size one: neither is cut.
+    kept = [place for place, operand in enumerate(operands) if operand.size]
+
+    def letters(place: int) -> list[str | None]:
+        names = [*given[place], *(None for _ in operands[place].shape)]
+        found = zip(names, operands[place].shape, strict=False)
+        return [name if name is not None and sizes.get(name) == size else None for name, size in found]
+
+    def part(*there: Any) -> Any:
+        every = [jnp.zeros(operand.shape, operand.dtype) for operand in operands]
+        for place, operand in zip(kept, there, strict=True):
+            every[place] = operand
+        return compute(*every)
+
+    def partition(mesh: Any, _shapes: Any, whole: Any) -> tuple[Any, ...]:
+        cuts: dict[str | None, Any] = dict(zip(result, whole.sharding.spec, strict=False))
+
+        def sharding(names: Iterable[str | None]) -> NamedSharding:
+            return NamedSharding(mesh, PartitionSpec(*(cuts.get(name) for name in names)))
+
+        return mesh, part, sharding(result), tuple(sharding(letters(place)) for place in kept)
+
+    def factors(of: str, names: Sequence[str | None], rank: int) -> str:
+        padded = [*names, *(None for _ in range(rank - len(names)))]
+        return " ".join(name or f"{of}_{axis}" for axis, name in enumerate(padded))
+
+    rule = ", ".join(factors(f"x{place}", letters(place), operands[place].ndim) for place in kept)
+    call = custom_partitioning(part)
+    call.def_partition(partition, sharding_rule=f"{rule} -> {factors('y', list(result), out.ndim)}")
+    return call(*(operands[place] for place in kept))

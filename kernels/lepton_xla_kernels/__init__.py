@@ -4,7 +4,7 @@ import ctypes
 import pathlib
 from typing import Any
 
-INTERFACE = 8
+INTERFACE = 9
 """Changes whenever targets are added, take other operands, or give results that differ by more than rounding.
 
 lepton-xla asks for its own.

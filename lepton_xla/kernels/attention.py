@@ -13,15 +13,24 @@ from lepton_xla.kernels import installation
 
 # With more keys and values than this a head no longer fits the second-level cache.
 _MOST_FLOATS = 1 << 18
+# Up to so many queries, keys and values are read where they are, once.
+_FEW_QUERIES = 4
+FLOATS = ("float32", "bfloat16")
 
 
-def fits(keys: int, depth: int, width: int) -> bool:
+def fits(queries: int | None, keys: int, depth: int, width: int) -> bool:
     """Whether a head of so many keys, of `depth`, and values, of `width`, is short enough for the kernel.
 
-    >>> fits(512, 64, 64), fits(4096, 64, 64)
-    (True, False)
+    Args:
+        queries: their number; None if it is not known.
+        keys: the number of keys and values.
+        depth: elements of a key.
+        width: elements of a value.
+
+    >>> fits(512, 512, 64, 64), fits(512, 4096, 64, 64), fits(1, 4096, 64, 64)
+    (True, False, True)
     """
-    return keys * (depth + width) <= _MOST_FLOATS
+    return keys * (depth + width) <= _MOST_FLOATS or (queries is not None and queries <= _FEW_QUERIES)
 
 
 def attend(
@@ -32,50 +41,74 @@ def attend(
     *,
     scale: float = 1.0,
     masks: bool = False,
+    heads_first: bool = False,
+    dtype: Any = None,
 ) -> jax.Array:
     """Compute `softmax(query @ key^T * scale + bias) @ value` of each head of each example.
 
+    Everything is computed in float32, also of bfloat16. Of few queries, values that have no weight are not read, not
+    even NaN.
+
     Args:
-        query: float32 [B, Q, H, D].
-        key: float32 [B, K, H, D].
-        value: float32 [B, K, H, E].
+        query: [B, Q, H, D], float32 or bfloat16.
+        key: [B, K, H, D], of the same type.
+        value: [B, K, H, E], of the same type.
         bias: float32 [B, H, Q, K], or 1 instead of H, Q and K; None: none.
         scale: of the scores.
         masks: whether a bias other than zero takes the place of a score.
+        heads_first: whether key and value are [B, H, K, D] and [B, H, K, E] instead.
+        dtype: of the result, float32 or bfloat16; None: that of the operands.
 
     Returns:
-        float32 [B, Q, H, E].
+        [B, Q, H, E].
 
     >>> same = jnp.zeros((1, 2, 1, 4))
     >>> attend(same, same, jnp.array([1.0, 3.0]).reshape((1, 2, 1, 1)))[0, :, 0, 0].tolist()
     [2.0, 2.0]
     """
-    assert query.dtype == key.dtype == value.dtype == jnp.float32
+    assert query.dtype == key.dtype == value.dtype
+    name = query.dtype.name if dtype is None else jnp.dtype(dtype).name
+    assert {query.dtype.name, name} <= set(FLOATS)
     bias = jnp.zeros((0, 0, 0, 0), jnp.float32) if bias is None else bias
-    return PRIMITIVE.bind(query, key, value, bias, scale=float(scale), masks=masks)
+    params = {"scale": float(scale), "masks": masks, "heads_first": heads_first, "dtype": name}
+    return PRIMITIVE.bind(query, key, value, bias, **params)
 
 
-def _shape(query: Any, _key: Any, value: Any, _bias: Any, **_params: Any) -> tuple[tuple[Any, ...], Any]:
-    return (*query.shape[:3], value.shape[3]), jnp.dtype("float32")
+def _shape(query: Any, _key: Any, value: Any, _bias: Any, *, dtype: str, **_params: Any) -> tuple[tuple[Any, ...], Any]:
+    return (*query.shape[:3], value.shape[3]), jnp.dtype(dtype)
 
 
 def by_xla(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, *, scale: float, masks: bool
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array,
+    *,
+    scale: float,
+    masks: bool,
+    heads_first: bool,
+    dtype: str,
 ) -> jax.Array:
     """The same in XLA's own operations."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * scale
+    rows = "bhk" if heads_first else "bkh"
+    scores = jnp.einsum(f"bqhd,{rows}d->bhqk", query, key, preferred_element_type=jnp.float32) * scale
     if 0 not in bias.shape:
         scores = jnp.where(bias == 0, scores, bias) if masks else scores + bias
-    return jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(scores, axis=-1), value)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum(f"bhqk,{rows}e->bqhe", weights, value, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def _call(
-    query: Any, key: Any, value: Any, bias: Any, *, scale: float, masks: bool
+    query: Any, key: Any, value: Any, bias: Any, *, scale: float, masks: bool, heads_first: bool, **_dtype: Any
 ) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
     if not installation.usable():
         return None
-    attributes = {"scale": np.float32(scale), "masks": np.bool_(masks)}
+    attributes = {"scale": np.float32(scale), "masks": np.bool_(masks), "heads_first": np.bool_(heads_first)}
     return f"{installation.PREFIX}attention", (query, key, value, bias), attributes
 
 
-PRIMITIVE = _compat.row_primitive("attention", _shape, by_xla, _call, by_row=(0, 1, 2, 3))
+def _axes(*, heads_first: bool, **_params: Any) -> str:
+    return f"bqhd,{'bhkd,bhke' if heads_first else 'bkhd,bkhe'},bhqk->bqhe"
+
+
+PRIMITIVE = _compat.row_primitive("attention", _shape, by_xla, _call, by_row=(0, 1, 2, 3), axes=_axes)

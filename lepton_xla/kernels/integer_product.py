@@ -89,4 +89,6 @@ def _call(*operands: Any, activation: int) -> tuple[str, tuple[Any, ...], dict[s
     return (f"{installation.PREFIX}integer_product", operands, attributes) if installation.usable() else None
 
 
-PRIMITIVE = _compat.row_primitive("integer_product", _shape, _by_xla, _call, by_row=(0, 6))
+PRIMITIVE = _compat.row_primitive(
+    "integer_product", _shape, _by_xla, _call, by_row=(0, 6), axes=lambda **_: "mk,nk,gn,s,k,n,mn->mn"
+)

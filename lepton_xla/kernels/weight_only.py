@@ -97,4 +97,6 @@ def _call(
     return f"{installation.PREFIX}weight_only_4", (x, values, scale, levels, *epilogue), attributes
 
 
-PRIMITIVE = _compat.row_primitive("weight_only_product", _shape, _by_xla, _call, by_row=(0, 5))
+PRIMITIVE = _compat.row_primitive(
+    "weight_only_product", _shape, _by_xla, _call, by_row=(0, 5), axes=lambda **_: "mk,jn,gn,l,n,mn->mn"
+)

@@ -53,20 +53,26 @@ def operands(batch, queries, keys, heads, depth, width):
     width=st.integers(1, 40),
     scale=st.sampled_from([1.0, -0.3, 0.1]),
     biased=st.sampled_from(["", "b", "hk", "q", "bhqk"]),
+    heads_first=st.booleans(),
+    dtypes=st.sampled_from([("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]),
 )
-def test_every_shape(variants, batch, queries, keys, heads, depth, width, scale, biased):
-    given_operands = operands(batch, queries, keys, heads, depth, width)
+def test_every_shape(variants, batch, queries, keys, heads, depth, width, scale, biased, heads_first, dtypes):
+    given_operands = [jnp.asarray(each, dtypes[0]) for each in operands(batch, queries, keys, heads, depth, width)]
     shape = (batch, *(size if axis in biased else 1 for axis, size in zip("hqk", (heads, queries, keys), strict=True)))
     bias = array(*shape) if biased else None
-    expected = reference(*given_operands, bias, scale)
+    expected = reference(*map(np.asarray, given_operands), bias, scale)
+    query, *rows = given_operands
+    rows = [jnp.swapaxes(each, 1, 2) if heads_first else each for each in rows]
+    params = {"scale": scale, "heads_first": heads_first, "dtype": dtypes[1]}
+    # A result of 16 bits is the same, rounded: by 1 / 256 at most.
+    tolerance = TOLERANCE if dtypes[1] == "float32" else {"rtol": 2**-8 + 1e-5, "atol": 1e-5}
     for _ in variants():
-        got = attention.attend(
-            *map(jnp.asarray, given_operands), None if bias is None else jnp.asarray(bias), scale=scale
-        )
-        np.testing.assert_allclose(got, expected, **TOLERANCE)
+        got = attention.attend(query, *rows, None if bias is None else jnp.asarray(bias), **params)
+        np.testing.assert_allclose(got.astype("float32"), expected, **tolerance)
 
 
-@pytest.mark.parametrize("shape", [(2, 130, 130, 6, 32, 32), (1, 200, 300, 1, 64, 17)])  # by heads, by queries
+# By heads, by queries, and of single queries.
+@pytest.mark.parametrize("shape", [(2, 130, 130, 6, 32, 32), (1, 200, 300, 1, 64, 17), (4, 1, 200, 6, 32, 40)])
 def test_attention_that_is_spread_over_threads(variants, shape):
     given_operands = operands(*shape)
     for _ in variants():
@@ -74,15 +80,29 @@ def test_attention_that_is_spread_over_threads(variants, shape):
         np.testing.assert_allclose(got, reference(*given_operands, scale=0.2), **TOLERANCE)
 
 
-def test_masks(variants):
-    """What is masked has no weight; where all is masked, all have the same, as in XLA's operations."""
-    given_operands = operands(2, 5, 21, 2, 8, 8)
-    bias = np.where(np.random.default_rng(0).random((2, 1, 5, 21)) < 0.5, np.float32(-2e38), np.float32(0))
-    bias[0, 0, 1] = -2e38
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("score", [-2e38, -1e9, -np.inf])
+def test_masks(variants, queries, score):
+    """What is masked has no weight; where all is masked, all have the same or are NaN, as in XLA's operations."""
+    given_operands = operands(2, queries, 101, 2, 8, 8)
+    bias = np.where(np.random.default_rng(0).random((2, 1, queries, 101)) < 0.5, np.float32(score), np.float32(0))
+    bias[0, 0, -1], bias[1, 0, 0, 40:] = score, score
     expected = reference(*given_operands, bias, masks=True)
-    np.testing.assert_allclose(expected[0, 1], given_operands[2][0].mean(axis=0), **TOLERANCE)
+    if np.isfinite(score):
+        np.testing.assert_allclose(expected[0, -1], given_operands[2][0].mean(axis=0), **TOLERANCE)
+    assert np.isnan(expected[0, -1]).all() == np.isinf(score)
     for _ in variants():
         got = attention.attend(*map(jnp.asarray, given_operands), jnp.asarray(bias), masks=True)
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+
+
+def test_what_a_single_query_does_not_see_is_not_read(variants):
+    query, key, value = operands(2, 1, 50, 3, 20, 20)
+    bias = np.where(np.arange(50) < np.array([[30], [7]]), np.float32(0), np.float32(-1e9))[:, None, None]
+    expected = reference(query, key, value, bias, masks=True)
+    key[1, 7:], value[0, 30:] = np.nan, np.inf
+    for _ in variants():
+        got = attention.attend(*map(jnp.asarray, (query, key, value)), jnp.asarray(bias), masks=True)
         np.testing.assert_allclose(got, expected, **TOLERANCE)
 
 
@@ -100,6 +120,9 @@ def test_huge_scores_nan_and_infinities(variants):
         hidden = attention.attend(*map(jnp.asarray, (query, key, value, blocked)))
         assert np.isnan(np.asarray(hidden)[0, 5]).all()
         np.testing.assert_array_equal(np.asarray(hidden)[0, :5], got[0, :5])
+        for at in range(6):  # a single query is computed in another way
+            alone = attention.attend(jnp.asarray(query[:, at : at + 1]), jnp.asarray(key), jnp.asarray(value))
+            np.testing.assert_allclose(alone, expected[:, at : at + 1], **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3, 2, 4, 4), (2, 0, 3, 2, 4, 4), (2, 3, 0, 2, 4, 4), (2, 3, 3, 2, 0, 4)])
@@ -129,8 +152,10 @@ def test_transformations_and_the_fallback(kernels, monkeypatch):
 
 def digest():
     """Of results that parts for several threads were computed of."""
-    got = attention.attend(*map(jnp.asarray, operands(2, 130, 130, 3, 32, 32)), scale=0.2)
-    return hashlib.sha256(np.asarray(got).tobytes()).hexdigest()
+    found = hashlib.sha256()
+    for shape in (2, 130, 130, 3, 32, 32), (8, 1, 300, 3, 32, 32):
+        found.update(np.asarray(attention.attend(*map(jnp.asarray, operands(*shape)), scale=0.2)).tobytes())
+    return found.hexdigest()
 
 
 def test_the_number_of_threads_changes_nothing(kernels):
@@ -153,6 +178,20 @@ def by_keys(query, key, value, mask):
     return jnp.einsum("bhkq,bkhe->behq", jax.nn.softmax(scores, axis=-2), value)
 
 
+def a_cache(query, key, value, mask):
+    """The last query, of keys and values by heads, to which it adds."""
+    kept = [jnp.swapaxes(each, 1, 2).at[jnp.arange(2), :, 6].set(each[:, 6] * 2) for each in (key, value)]
+    scores = jnp.einsum("bhqd,bhkd->bhqk", jnp.swapaxes(query[:, 6:], 1, 2), kept[0]) / 2
+    seen = jax.nn.softmax(jnp.where(mask[:, None, None].astype(bool), scores, -1e9))
+    return jnp.einsum("bhqk,bhke->bqhe", seen, kept[1])
+
+
+def a_sequence(query, key, value, mask):
+    """An example of its own, with an axis of size one."""
+    given_operands = (each[None] for each in (query[6:], key, value))
+    return flax.linen.dot_product_attention(*given_operands, mask=mask[None, None, None].astype(bool))[0]
+
+
 SPELLINGS = {
     "by hand": by_hand,
     "keys first": by_keys,
@@ -163,6 +202,13 @@ SPELLINGS = {
     "flax": lambda query, key, value, mask: flax.linen.dot_product_attention(
         query, key, value, mask=mask[:, None, None, :].astype(bool)
     ),
+    "a small score instead": lambda query, key, value, _mask: jnp.einsum(
+        "bhqk,bkhe->bqhe",
+        jax.nn.softmax(jnp.where(jnp.tri(7, dtype=bool), jnp.einsum("bqhd,bkhd->bhqk", query, key), -3.0)),
+        value,
+    ),
+    "a cache": a_cache,
+    "one sequence at a time": jax.vmap(a_sequence),
     "no axes": lambda query, key, value, _mask: (
         jax.nn.softmax(query[0, :, 0] @ key[0, :, 0].T) @ value[0, :, 0] * jnp.float32(2)
     ),
@@ -178,6 +224,37 @@ def test_spellings_of_attention_are_found(kernels, fn):
     assert (names.count("attention"), names.count("dot_general"), names.count("exp")) == (1, 0, 0)
     expected = jax.jit(fn)(*given_operands, mask)
     np.testing.assert_allclose(jax.jit(found)(*given_operands, mask), expected, **TOLERANCE)
+
+
+def nn_narrow(*given_operands):
+    with jax.numpy_dtype_promotion("standard"):  # it computes scores in float32
+        return SPELLINGS["jax.nn"](*given_operands)
+
+
+NARROW = {
+    "jax.nn": nn_narrow,
+    "flax": SPELLINGS["flax"],
+    "products alone": lambda query, key, value, mask: lx.passes.cast(
+        lx.trace(
+            lambda _w, *given: by_hand(*given), {}, {
+                **dict.fromkeys(("query", "key", "value"), lx.TensorSpec((2, 7, 3, 4), "float32")),
+                "mask": lx.TensorSpec((2, 7), "int32"),
+            },
+        ),
+        "bfloat16",
+    ).fn({}, *(each.astype(jnp.float32) for each in (query, key, value)), mask),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", NARROW.values(), ids=NARROW.keys())
+def test_attention_of_bfloat16_is_found(kernels, fn):
+    given_operands = [jnp.asarray(each, jnp.bfloat16) for each in operands(2, 7, 7, 3, 4, 4)]
+    mask = np.array([[1] * 7, [1] * 3 + [0] * 4])
+    found = attending.attend(fn, lambda _pattern: True)
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(found)(*given_operands, mask).eqns]
+    assert (names.count("attention"), names.count("dot_general"), names.count("exp")) == (1, 0, 0)
+    expected = jax.jit(fn)(*given_operands, mask).astype("float32")
+    np.testing.assert_allclose(jax.jit(found)(*given_operands, mask).astype("float32"), expected, atol=0.02)
 
 
 def both(query, key, value):
@@ -202,9 +279,8 @@ NO_ATTENTION = {
     "scaled after the bias": lambda query, key, value: (
         jax.nn.softmax((query @ jnp.swapaxes(key, 1, 2) + jnp.tril(jnp.ones((1, 7, 7)))) * 2) @ value
     ),
-    "a small score instead": lambda query, key, value: (
-        jax.nn.softmax(jnp.where(jnp.tri(7, dtype=bool)[None], query @ jnp.swapaxes(key, 1, 2), jnp.float32(-3)))
-        @ value
+    "zero instead": lambda query, key, value: (
+        jax.nn.softmax(jnp.where(jnp.tri(7, dtype=bool)[None], query @ jnp.swapaxes(key, 1, 2), jnp.float32(0))) @ value
     ),
 }
 

@@ -254,6 +254,17 @@ def test_a_sharded_weight_has_no_kernel(kernels, clock, recipe):
     assert "_product" not in str(jax.make_jaxpr(lowered.fn)(lowered.weights, jnp.zeros((6, 24))))
 
 
+def test_an_artifact_for_two_devices_calls_kernels(kernels, clock, tmp_path):
+    clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
+    lowered = lower(two_layers())
+    manifest = lx.compile(lowered, {"batch": (6,)}, mesh="data=2").save(tmp_path / "two.lepton")
+    assert [entry.target.kernels for entry in manifest.executables.values()] == [str(installation.INTERFACE)]
+    loaded = lx.load(tmp_path / "two.lepton")
+    assert loaded.route == "executables"
+    x = np.random.default_rng(1).standard_normal((6, 24)).astype(np.float32)
+    np.testing.assert_allclose(loaded(x=x)["output"], jax.jit(lowered.fn)(lowered.weights, x), rtol=0, atol=1e-3)
+
+
 def test_an_artifact_runs_with_kernels_and_without(kernels, clock, tmp_path, monkeypatch, caplog):
     clock({"a": 25.0, "b": 25.0}, lambda count: FLOAT_US - 10 * count)
     lowered = lower(two_layers())

@@ -152,15 +152,6 @@ def test_what_is_lowered_calls_the_kernel_only_where_it_may(kernels, monkeypatch
     np.testing.assert_allclose(weight_only.multiply(x, weight), x @ weight.dequantize(), rtol=0, atol=1e-4)
 
 
-def test_a_sharded_product(kernels):
-    """XLA gathers what it cannot cut; the result is right."""
-    x, weight = jnp.asarray(array(4, 64)), stored(64, 32, "int8")
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    cut = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
-    whole = jax.device_put(weight, jax.NamedSharding(mesh, jax.P()))
-    np.testing.assert_allclose(jax.jit(weight_only.multiply)(cut, whole), x @ weight.dequantize(), rtol=0, atol=0.07)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [{1: (9, 4)}, {2: (1, 3)}, {2: (3, 4)}, {2: (0, 4)}, {3: (5,)}, {4: (1, 4)}],

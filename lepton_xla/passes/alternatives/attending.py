@@ -2,167 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lepton_xla import _compat
-from lepton_xla.kernels import attention
+from lepton_xla.passes.alternatives.attention_pattern import Operand, Pattern, is_float, long
 from lepton_xla.passes.alternatives.patterns import Place, replace, without_calls
 from lepton_xla.passes.core.activations import Graph, constant_of
 
 # Asking for these inlines the calls they are in.
-_NAMES = ("dot_general", "mul", "div", "add", "select_n", "transpose", "reduce_max", "exp", "sub", "reduce_sum", "and")
+_NAMES = ("dot_general", "mul", "div", "add", "select_n", "transpose", "reduce_max", "exp", "sub", "reduce_sum", "and",
+          "convert_element_type")  # fmt: skip
 _SAME_VALUES = ("transpose", "squeeze", "reshape", "broadcast_in_dim")
-# A score that becomes as small as this has no weight, whatever it was.
-_MASKED = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """Where the axes of an operand are; those of size one that nothing needs are in none of them.
-
-    Attributes:
-        place: where it is read.
-        example, head: axes of examples and of heads, if there are any.
-        row: axis of queries or keys.
-        depth: axis of their features.
-    """
-
-    place: Place
-    example: tuple[int, ...]
-    head: tuple[int, ...]
-    row: int
-    depth: int
-
-    def arrange(self, value: jax.Array) -> jax.Array:
-        """Give a value of the operand the axes [B, rows, H, depth]."""
-        order = (*self.example, self.row, *self.head, self.depth)
-        others = tuple(axis for axis in range(value.ndim) if axis not in order)
-        sizes = value.shape
-        shape = (*_sizes(sizes, self.example), sizes[self.row], *_sizes(sizes, self.head), sizes[self.depth])
-        return jnp.reshape(jnp.transpose(value, (*order, *others)), shape)
-
-    def before_moves(self, graph: Graph) -> Operand:
-        """The same operand read before its axes are moved, so that two moves do not have to cancel each other."""
-        eqn, index = self.place
-        maker = graph.made_by(eqn.invars[index])
-        if maker is None or maker.primitive.name not in ("transpose", "squeeze"):
-            return self
-        if maker.primitive.name == "transpose":
-            was = list(maker.params["permutation"])
-        else:
-            was = [axis for axis in range(maker.invars[0].aval.ndim) if axis not in maker.params["dimensions"]]
-        example, head = (tuple(was[axis] for axis in axes) for axes in (self.example, self.head))
-        return Operand((maker, 0), example, head, was[self.row], was[self.depth]).before_moves(graph)
-
-
-def _sizes(shape: Sequence[Any], axes: Sequence[int]) -> tuple[Any, ...]:
-    return tuple(shape[axis] for axis in axes) or (1,)
-
-
-@dataclasses.dataclass
-class Pattern:
-    """Attention in a jaxpr.
-
-    Attributes:
-        query, key, value: its operands.
-        last: the equation whose result it is.
-        members: all equations before it that nothing else reads.
-        order: what each axis of the result is: a letter of `bhqe`, or nothing for one of size one.
-        scale: of the scores.
-        bias: what is added to the scores: where it is read, its shape among the scores, and what those axes are.
-        masked: if `bias` is a mask instead, the score where it is true, and false; None where it stays.
-    """
-
-    query: Operand
-    key: Operand
-    value: Operand
-    last: Any
-    members: list[Any]
-    order: tuple[str, ...]
-    scale: float = 1.0
-    bias: tuple[Place, tuple[Any, ...], tuple[str, ...]] | None = None
-    masked: tuple[float | None, float | None] | None = None
-
-    @property
-    def places(self) -> list[Place]:
-        """Where operands and what is added to the scores are read."""
-        own = [self.query.place, self.key.place, self.value.place]
-        return own if self.bias is None else [*own, self.bias[0]]
-
-    @property
-    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shapes of query, key, value and bias, as the kernel takes them."""
-        given = [each.place[0].invars[each.place[1]].aval for each in (self.query, self.key, self.value)]
-        made = [
-            jax.eval_shape(each.arrange, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-            for each, aval in zip((self.query, self.key, self.value), given, strict=True)
-        ]
-        batch = made[0].shape[0]
-        if self.bias is None:
-            return (*made, jax.ShapeDtypeStruct((0, 0, 0, 0), jnp.float32))
-        sizes = dict(zip(self.bias[2], self.bias[1], strict=True))
-        shape = (batch, *(sizes.get(axis, 1) for axis in "hqk"))
-        return (*made, jax.ShapeDtypeStruct(shape, jnp.float32))
-
-    @property
-    def first(self) -> Any:
-        """The first of its equations."""
-        return self.members[0]
-
-    @property
-    def ways(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-        """Functions of the kernel's operands: in XLA's own operations, and by the kernel."""
-        params = {"scale": self.scale, "masks": self.masked is not None}
-        return lambda *given: attention.by_xla(*given, **params), lambda *given: attention.PRIMITIVE.bind(
-            *given, **params
-        )
-
-    @property
-    def kind(self) -> Any:
-        """Everything that determines the fastest way, except for the amount of data."""
-        query, _, value, _ = self.shapes
-        axes = None
-        if self.bias is not None:
-            named = zip(self.bias[2], self.bias[1], strict=True)
-            axes = tuple(sorted(axis for axis, size in named if axis in ("h", "q", "k") and _long([size])))
-        return "attention", query.shape[2:], value.shape[3], axes, self.masked is not None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the kernel is for sequences of this length."""
-        _, key, value, _ = self.shapes
-        sizes = key.shape[1], key.shape[3], value.shape[3]
-        return not all(isinstance(size, int) for size in sizes) or attention.fits(*sizes)
-
-    def compute(self, read: Callable[[Place], jax.Array]) -> jax.Array:
-        """The result, of query, key and value, and of what is added or the mask, as the jaxpr has them."""
-        query, key, value = (each.arrange(read(each.place)) for each in (self.query, self.key, self.value))
-        added = None if self.bias is None else self._arranged_bias(read(self.bias[0]), query.shape[0])
-        out = attention.attend(query, key, value, added, scale=self.scale, masks=self.masked is not None)
-        letters = [letter for letter in "bqhe" if letter in self.order]
-        kept = jnp.reshape(out, [size for letter, size in zip("bqhe", out.shape, strict=True) if letter in letters])
-        kept = jnp.transpose(kept, [letters.index(letter) for letter in self.order if letter])
-        return jnp.reshape(kept, self.last.outvars[0].aval.shape)
-
-    def _arranged_bias(self, bias: jax.Array, batch: Any) -> jax.Array:
-        assert self.bias is not None
-        _, shape, axes = self.bias
-        if self.masked is not None:
-            scores = [0.0 if score is None else score for score in self.masked]
-            bias = jnp.where(bias, jnp.float32(scores[0]), jnp.float32(scores[1]))
-        bias = jnp.reshape(bias, shape)
-        found = [letter for letter in "bhqk" if letter in axes]
-        rest = [axis for axis, letter in enumerate(axes) if not letter]
-        bias = jnp.transpose(bias, (*(axes.index(letter) for letter in found), *rest))
-        sizes = {letter: bias.shape[at] for at, letter in enumerate(found)}
-        bias = jnp.reshape(bias, [sizes.get(letter, 1) for letter in "bhqk"])
-        return jnp.broadcast_to(bias, (batch, *bias.shape[1:]))
 
 
 def attend(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Callable[..., Any]:
@@ -196,10 +50,10 @@ def find(closed: Any) -> Iterator[Pattern]:
 
 
 def _sides(eqn: Any) -> list[tuple[tuple[int, ...], int, list[int]]] | None:
-    """Batch axes, contracted axis and free axes of both operands of a float32 product; None if it has others."""
+    """Batch axes, contracted axis and free axes of both operands of a float product; None if it has others."""
     contract, batch = eqn.params["dimension_numbers"]
-    floats = all(var.aval.dtype == jnp.float32 for var in (*eqn.invars, *eqn.outvars))
-    if not floats or len(contract[0]) != 1 or len(batch[0]) > 2 or eqn.params.get("out_sharding") is not None:
+    floats = all(is_float(var) for var in (*eqn.invars, *eqn.outvars))
+    if not floats or len(contract[0]) != 1 or eqn.params.get("out_sharding") is not None:
         return None
     return [
         (
@@ -230,18 +84,15 @@ def _moved(eqn: Any, axes: Sequence[str]) -> list[str] | None:
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if name == "transpose":
         return [str(axes[axis]) for axis in params["permutation"]]
+    if name == "convert_element_type":
+        return list(axes)
     if name == "broadcast_in_dim":
         kept = {new: axes[old] for old, new in enumerate(params["broadcast_dimensions"])}
         same = all(before[old] == after[new] for old, new in enumerate(params["broadcast_dimensions"]))
-        return [kept.get(axis, "") for axis in range(len(after))] if same and _long(before) == _long(after) else None
+        return [kept.get(axis, "") for axis in range(len(after))] if same and long(before) == long(after) else None
     if name == "squeeze" and not any(axes[axis] for axis in params["dimensions"]):
         return [axis for at, axis in enumerate(axes) if at not in params["dimensions"]]
     return None
-
-
-def _long(shape: Sequence[Any]) -> list[Any]:
-    """The sizes other than one."""
-    return [size for size in shape if not (isinstance(size, int) and size == 1)]
 
 
 class _Search:
@@ -264,7 +115,9 @@ class _Search:
         free = [_free_axis(self.first, side, sides[side][2]) for side in (0, 1)]
         if free[0] is None or free[1] is None:
             return None
-        letters = self._batch_letters(len(sides[0][0]))
+        letters = self._batch_letters(sides[0][0])
+        if letters is None:
+            return None
         self.axes = [*letters]
         for side, letter in enumerate("lr"):
             self.axes += [letter if axis == free[side] else "" for axis in sides[side][2]]
@@ -293,10 +146,19 @@ class _Search:
         found = Pattern(query, key, value, last, self.members, order, self.scale, bias, self.masked)
         return found if found.fits else None
 
-    def _batch_letters(self, count: int) -> str:
-        """What the batch axes of the product are. A single one is of heads if it was no leading axis in memory."""
-        if count != 1:
-            return "bh"[:count]
+    def _batch_letters(self, axes: Sequence[int]) -> list[str] | None:
+        """What the batch axes of the product are; of three or more, those of size one are nothing.
+
+        A single one is of heads if it was no leading axis in memory.
+        """
+        sizes = self.first.invars[0].aval.shape
+        kept = list(axes) if len(axes) <= 2 else [axis for axis in axes if long([sizes[axis]])]
+        if len(kept) > 2:
+            return None
+        names = dict(zip(kept, "bh" if len(kept) == 2 else self._single_letter(), strict=False))
+        return [names.get(axis, "") for axis in axes]
+
+    def _single_letter(self) -> str:
         atom = self.first.invars[0]
         while (maker := self.graph.made_by(atom)) is not None and maker.primitive.name in _SAME_VALUES:
             if maker.primitive.name == "transpose":
@@ -316,7 +178,7 @@ class _Search:
         while (eqn := self._only()) is not None:
             name = eqn.primitive.name
             others = [index for index, atom in enumerate(eqn.invars) if atom is not self.var]
-            if eqn.outvars[0].aval.dtype != jnp.float32 or len(eqn.invars) - len(others) != 1:
+            if not is_float(eqn.outvars[0]) or len(eqn.invars) - len(others) != 1:
                 return None
             moved = _moved(eqn, self.axes)
             if moved is not None:
@@ -341,7 +203,7 @@ class _Search:
             return False
         kept = 1 if eqn.invars[1] is self.var else 2
         score = constant_of(self.graph, eqn.invars[3 - kept])
-        if score is None or not score < _MASKED or eqn.invars[0].aval.dtype != jnp.bool_:
+        if not score or eqn.invars[0].aval.dtype != jnp.bool_:  # zero stands for a score that stays
             return False
         self.masked = (score, None) if kept == 1 else (None, score)  # the last case is of what is true
         return self._read(eqn, 0)
@@ -390,6 +252,10 @@ class _Search:
             return None
         self._take(raised)
         readers = {eqn.primitive.name: eqn for eqn in self.graph.readers.get(self.var, [])}
+        wide = readers.pop("convert_element_type", None)  # 16-bit floats are added up in 32 bits
+        if wide is not None and (summed := self.graph.only_reader(wide.outvars[0])) is not None:
+            readers[summed.primitive.name] = summed
+            self.members.append(wide)
         if set(readers) != {"reduce_sum", "div"} or self._read_often(2):
             return None
         if self._reduced(readers["reduce_sum"], readers["div"], self.var) != axis:
@@ -415,7 +281,7 @@ class _Search:
                     return None
                 if eqn.outvars[0].aval.ndim != whole.aval.ndim:
                     return None
-            elif not lowest and name not in ("stop_gradient", "copy", "copy_p"):
+            elif not lowest and name not in ("stop_gradient", "copy", "copy_p", "convert_element_type"):
                 return None
             passed.append(eqn)
             var = eqn.outvars[0]
@@ -439,7 +305,8 @@ class _Search:
         own = 0 if last.invars[0] is self.var else 1
         batch, contracted, free = sides[own]
         letters = [self.axes[axis] for axis in batch]
-        if self.axes[contracted] != keys or sorted(letters) != sorted(axis for axis in self.axes if axis in ("b", "h")):
+        named_axes = sorted(axis for axis in self.axes if axis in ("b", "h"))
+        if self.axes[contracted] != keys or sorted(filter(None, letters)) != named_axes:
             return None, ()
         other_batch, other_contracted, other_free = sides[1 - own]
         column = _free_axis(last, 1 - own, other_free)

@@ -1,0 +1,105 @@
+// What both ways to compute attention share. Included by files that are compiled for an instruction set.
+#pragma once
+
+#include "attention.h"
+#include "vectors.h"
+
+namespace lepton::VARIANT {
+
+inline Floats larger_of(Floats a, Floats b) { return a > b ? a : b; }
+
+// Elements of operands, as floats.
+inline Floats read(const float* from) { return load(from); }
+inline Floats read(const uint16_t* from) { return widen_bfloat16(from); }
+inline float read_one(const float* from) { return *from; }
+inline float read_one(const uint16_t* from) {
+  const uint32_t wide = static_cast<uint32_t>(*from) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Up to `count` of them, and zeros.
+template <typename Element>
+inline Floats read_some(const Element* from, int64_t count) {
+  if (count >= kLanes) return read(from);
+  Floats found = {};
+  for (int lane = 0; lane < count; ++lane) found[lane] = read_one(from + lane);
+  return found;
+}
+
+// Copies a row of `count` elements as floats, with zeros behind them up to `padded`.
+template <typename Element>
+inline void copy_row(const Element* from, int64_t count, int64_t padded, float* to) {
+  for (int64_t at = 0; at < padded; at += kLanes) store(to + at, read_some(from + at, count - at));
+}
+
+// Writes up to `count` numbers of a result, from element `at` on, rounded to nearest if it has 16 bits.
+inline void write_some(const Attention& a, int64_t at, Floats values, int64_t count) {
+  if (a.narrow_y) {
+    const Ints bits = (Ints)values;
+    const Ints rounded = values == values ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+    auto* to = static_cast<uint16_t*>(a.y) + at;
+    for (int lane = 0; lane < kLanes && lane < count; ++lane)
+      to[lane] = static_cast<uint16_t>(static_cast<uint32_t>(rounded[lane]) >> 16);
+    return;
+  }
+  auto* to = static_cast<float*>(a.y) + at;
+  if (count >= kLanes) {
+    store(to, values);
+  } else {
+    for (int lane = 0; lane < count; ++lane) to[lane] = values[lane];
+  }
+}
+
+// The bias of keys from `key` on, of which `left` are there; zeros behind them.
+inline Floats read_bias(const Attention& a, const float* bias, int64_t key, int64_t left) {
+  return a.bias_key == 0 ? Floats{} + *bias : read_some(bias + key, left);
+}
+
+// Scores of a query from sums, with the bias of the query, if any; minus infinity where there is no key.
+inline Floats finish_scores(const Attention& a, const float* bias, int64_t key, Floats sums) {
+  Floats value = sums * a.scale;
+  const int64_t left = a.keys - key;
+  if (bias != nullptr) {
+    const Floats added = read_bias(a, bias, key, left);
+    value = !a.masks ? value + added : added == 0.0f ? value : added;
+  }
+  if (left < kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) value[lane] = lane < left ? value[lane] : -__builtin_inff();
+  return value;
+}
+
+// e^x for x up to zero, to float32's precision; 0 where it would be smaller than a normal float, and NaN of NaN.
+inline Floats exp(Floats x) {
+  const Floats magic = Floats{} + 12582912.0f;  // adding it rounds to an integer, in the last bits
+  const Floats at = larger_of(x, Floats{} - 87.0f);
+  const Floats shifted = at * 1.44269504088896341f + magic, count = shifted - magic;
+  const Floats rest = (at - count * 0.693359375f) + count * 2.12194440e-4f;
+  Floats value = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  value = value * rest + 8.3334519073e-3f;
+  value = value * rest + 4.1665795894e-2f;
+  value = value * rest + 1.6666665459e-1f;
+  value = value * rest + 5.0000001201e-1f;
+  value = value * (rest * rest) + rest + 1.0f;
+  const Ints power = ((Ints)shifted - 0x4b400000 + 127) << 23;
+  value = value * (Floats)power;
+  value = x < -87.0f ? Floats{} : value;
+  return x == x ? value : x;
+}
+
+// Makes scores exponentials, and returns their sum.
+inline float exponentials(int64_t count, float largest, float* scores) {
+  Floats total[2] = {};
+  for (int64_t key = 0; key < count; key += 2 * kLanes) {
+    for (int half = 0; half < 2; ++half) {
+      float* at = scores + key + half * kLanes;
+      const Floats value = exp(load(at) - largest);
+      store(at, value);
+      total[half] += value;
+    }
+  }
+  return sum_of(total[0] + total[1]);
+}
+
+}  // namespace lepton::VARIANT
