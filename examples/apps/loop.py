@@ -51,7 +51,7 @@ class Plan:
         calm: requests before the shift, or as many more as it takes until the server has counted enough.
         learned: requests after the shift that are learned from.
         patience_s: seconds after the shift within which the alert must fire, and before it those within which enough
-            must have been counted: a server counts what it sees in at most a fiftieth of its time, which large answers
+            must have been counted: a server counts what it sees in at most a hundredth of its time, which large answers
             take long to fill.
     """
 

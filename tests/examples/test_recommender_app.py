@@ -178,6 +178,7 @@ def test_a_festival_changes_what_is_watched_and_nobody_judges_what_was_sent(app)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_it_runs_to_its_end_on_made_up_films(app, tmp_path):
     figures = app["run"].main(["--quick"])
     assert figures["pairwise"] > 0.65
