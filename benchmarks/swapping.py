@@ -392,7 +392,8 @@ def tables(found: Any) -> list[str]:
         lines = [
             (
                 f"{row['reloads']:,.0f}", f"{row['memory_bytes'] / 2**20:.0f}", f"{row['p50_ms']:.2f}",
-                f"{row['p99_ms']:.2f}", f"{row['lag_p99_ms']:.2f}", f"{row['others_ms']:.0f}", f"{row['errors']:.0f}",
+                f"{row['p99_ms']:.2f}", f"{row.get('lag_p99_ms', np.nan):.2f}", f"{row.get('others_ms', np.nan):.0f}",
+                f"{row['errors']:.0f}",
             )
             for row in found["reloads"]
         ]  # fmt: skip
