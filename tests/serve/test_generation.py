@@ -282,6 +282,7 @@ def test_token_ids_in_and_out_without_a_tokenizer(make_server):
         (GENERATE, {"text_input": "a", "top_p": "x"}, 400, "top_p"),
         (GENERATE, {"text_input": "a", "wishes": 3}, 400, "unknown parameter 'wishes'"),
         (GENERATE, {"text_input": "a", "n": 2}, 400, "n = 2 is not supported"),
+        (GENERATE, {"text_input": "a", "id": "x" * 513}, 400, "the id has 513 characters; it may have 512"),
         (GENERATE, {"input_ids": [1 << 63]}, 400, "token 9223372036854775808 of the prompt is not one of"),
         (GENERATE, b'{"input_ids": [1' + b"0" * 5000 + b"]}", 400, "not as it should be"),
         (GENERATE, b'{"input_ids": [' + b"1," * 40_000 + b"18446744073709551616]}", 400, "has 40001 tokens"),

@@ -28,6 +28,7 @@ from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.protocol import generation
 from lepton_xla.serve.protocol.generation import Asked, Completion, GenerateResponse, event
 from lepton_xla.serve.protocol.jsondata import PIECE_BYTES
+from lepton_xla.serve.protocol.monitoring import MAX_ID
 
 type Refuse = Callable[[Exchange, HTTPError], None]
 _EVENTS = "text/event-stream", "Cache-Control: no-cache"
@@ -330,6 +331,8 @@ class GenerationPages:
     ) -> None:
         if (request.text_input is None) == (request.input_ids is None):
             raise HTTPError(400, "give either text_input or input_ids")
+        if len(request.id) > MAX_ID:  # each event of a stream has it
+            raise HTTPError(400, f"the id has {len(request.id)} characters; it may have {MAX_ID}")
         prompt: Any = request.text_input if request.text_input is not None else request.input_ids
         signature = model.signature
 
