@@ -37,7 +37,7 @@ INTRODUCTION = (
     "Requests of one row to a model with two equal versions, a closed loop of 64 connections; rounds take turns, and "
     "each is compared with the round of one version beside it. Shares make two batches of what would be one, which is "
     "most of what they cost: beside them is one version whose batches may have half as many rows as there are "
-    "connections. On a server as busy as this one a shadow has a fiftieth of the time: what is more is left out."
+    "connections. On a server as busy as this one a shadow has a hundredth of the time: what is more is left out."
 )
 
 

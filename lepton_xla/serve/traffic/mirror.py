@@ -29,8 +29,8 @@ _log = logging.getLogger("lepton_xla.serve")
 _MOST_WAITING = 256
 _MOST_BYTES = 32 << 20
 # The shadow runs in at most these parts of the time, while others need it and while they do not; some is saved up.
-_SHARE, _IDLE_SHARE = 0.02, 0.25
-_SAVED_S = 0.2
+_SHARE, _IDLE_SHARE = 0.01, 0.25
+_SAVED_S = 0.02
 # The server has little to do while its processors, one core's worth, and the model are busy for less of the time, and
 # the shadow has a core, and the interpreter, for more of the time that it would use it.
 _IDLE, _FREE = 0.5, 0.7
