@@ -149,7 +149,7 @@ def _share(store: Store, manifest: Manifest, files: VerifiedFiles, base: Servabl
     if base.expander is not None:
         arrays = run_expand(base.expander, arrays, devices, base.manifest.unpacked)
     if devices.mesh is None and devices.first.platform == "cpu":
-        arrays = shared(arrays, base.runtime.weights)
+        arrays = shared(arrays, base.runtime.weights, devices.read)
     runtime = base.runtime.sharing(arrays)
     steps = base.stepper.sharing(runtime) if base.stepper is not None else None
     conversion = base.conversion if manifest.is_update else _conversion(manifest, files)

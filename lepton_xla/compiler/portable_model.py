@@ -62,7 +62,7 @@ class PortableModel:
         files = open_files(store, manifest)
         program = export.deserialize(bytearray(files.read(manifest.programs[0].file)))
         servable = load(location)
-        weights = tuple(np.asarray(leaf) for leaf in servable.runtime.weights)
+        weights = tuple(map(servable.runtime.devices.read, servable.runtime.weights))
         if manifest.expand is None:
             return cls(servable, program, weights, None, weights)
         unpacking = export.deserialize(bytearray(files.read(manifest.expand.file)))

@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -90,21 +90,21 @@ def check_placed(path: str, host: np.ndarray, placed: jax.Array, device: _xla.De
         raise ArtifactError(f"weight {path!r}: what is on the device is not what was read from the artifact")
 
 
-def shared(arrays: Sequence[jax.Array], known: Sequence[jax.Array]) -> list[jax.Array]:
+def shared(
+    arrays: Sequence[jax.Array], known: Sequence[jax.Array], read: Callable[[jax.Array], np.ndarray]
+) -> list[jax.Array]:
     """Take what is known already, bit for bit, in place of the new arrays, so that memory holds it once.
 
     Args:
         arrays: on a CPU.
         known: of the same shapes and dtypes, in the same order.
+        read: gives the elements of each: without JAX, NumPy gets none of those whose dtype it has no buffers of.
 
     >>> one, same, other = (jax.device_put(np.float32(each)) for each in ([1, 2], [1, 2], [1, 3]))
-    >>> [array is one for array in shared([same, other], [one, one])]
+    >>> [array is one for array in shared([same, other], [one, one], np.asarray)]
     [True, False]
     """
-    return [
-        before if _equal(np.asarray(array), np.asarray(before)) else array
-        for array, before in zip(arrays, known, strict=True)
-    ]
+    return [before if _equal(read(array), read(before)) else array for array, before in zip(arrays, known, strict=True)]
 
 
 def _equal(array: np.ndarray, other: np.ndarray) -> bool:

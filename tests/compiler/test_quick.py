@@ -64,8 +64,8 @@ import jax, test_quick
 from lepton_xla import compiler
 for dtype in ("float32", "bfloat16"):
     compiler.compile(test_quick.program(dtype), {"batch": (1, 8)}, name="tiny").save(sys.argv[1] + "/" + dtype)
-base = lx.load(sys.argv[1] + "/float32")
-compiler.make_update(base, test_quick.program(scale=2.0), version="2").save(sys.argv[1] + "/weights")
+    base = lx.load(sys.argv[1] + "/" + dtype)
+    compiler.make_update(base, test_quick.program(dtype, scale=2.0), version="2").save(sys.argv[1] + "/new-" + dtype)
 recipe = lx.Recipe.load("int8-weight-only").replace({"measure": False})
 small = lx.optimize(test_quick.program(), recipe, keep_master=True)
 compiler.compile(small, {"batch": (1,)}, keep_master=True).save(sys.argv[1] + "/kept")
@@ -126,11 +126,12 @@ print(json.dumps({"seen": all(seen) and len(seen) == 200, "same": said(other) ==
     assert all(text.startswith("SingleDeviceSharding") for text in found["shardings"])
 
 
-def test_new_weights_run_on_code_that_was_loaded_without_jax(saved: pathlib.Path):
+def test_new_weights_of_any_dtype_run_on_code_that_was_loaded_without_jax(saved: pathlib.Path):
     found = fresh(
         """
 base = lx.load(sys.argv[1] + "/float32")
-swapped = lx.load(sys.argv[1] + "/weights", base=base)
+swapped = lx.load(sys.argv[1] + "/new-float32", base=base)
+narrow = said(lx.load(sys.argv[1] + "/new-bfloat16", base=lx.load(sys.argv[1] + "/bfloat16")))
 said(base)  # what jaxlib makes after code has run without JAX has no shape for JAX
 quick = has_jax()
 kept = sys.argv[1] + "/kept"
@@ -139,7 +140,7 @@ lx.compiler.requantize(kept, doubled).save(sys.argv[1] + "/doubled")
 import test_quick
 lx.compiler.make_update(base, test_quick.program(scale=2.0), version="3").save(sys.argv[1] + "/again")
 again = lx.load(sys.argv[1] + "/again", base=base)
-print(json.dumps({"quick": quick, "base": said(base), "swapped": said(swapped), "again": said(again),
+print(json.dumps({"quick": quick, "base": said(base), "swapped": said(swapped), "again": said(again), "narrow": narrow,
     "doubled": said(lx.load(sys.argv[1] + "/doubled", base=lx.load(kept)))}))
 """,
         saved,
@@ -147,6 +148,7 @@ print(json.dumps({"quick": quick, "base": said(base), "swapped": said(swapped), 
     assert not found["quick"]
     expected = 2 * (np.array(found["base"]["sum"]) - 1) + 1
     np.testing.assert_allclose(found["swapped"]["sum"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["narrow"]["sum"], expected, rtol=0.02, atol=0.02)
     np.testing.assert_allclose(found["doubled"]["sum"], 2 * np.array(found["base"]["sum"]), rtol=0.02, atol=0.02)
     assert found["again"] == found["swapped"]
 
@@ -254,7 +256,7 @@ sums = []
 with Server(options=Options(port=0, repository_poll_s=0.05), repository=sys.argv[2]) as server:
     with Client(server.url) as client:
         sums.append(client.infer("tiny", x=x)["sum"].tolist())
-        repository.push(sys.argv[1] + "/weights", "tiny")
+        repository.push(sys.argv[1] + "/new-float32", "tiny")
         for _ in range(600):
             if "2" in server.models.versions("tiny"):
                 break
