@@ -226,6 +226,17 @@ def test_spellings_of_attention_are_found(kernels, fn):
     np.testing.assert_allclose(jax.jit(found)(*given_operands, mask), expected, **TOLERANCE)
 
 
+def test_what_is_timed_is_the_same(kernels):
+    given_operands, mask = operands(2, 7, 7, 3, 4, 4), np.array([[1] * 7, [1] * 3 + [0] * 4])
+    (found,) = attending.find(jax.make_jaxpr(attending.flat(a_cache))(*given_operands, mask))
+    drawn = [array(*shape.shape, seed=seed) for seed, shape in enumerate(found.shapes)]
+    by_xla, by_kernel = (np.asarray(jax.jit(way)(*drawn)) for way in found.ways)
+    np.testing.assert_allclose(by_kernel, by_xla, **TOLERANCE)
+    hidden = jax.jit(found.ways[0])(*drawn[:3], drawn[3] - 50)
+    np.testing.assert_allclose(hidden, reference(drawn[0], *(np.swapaxes(x, 1, 2)[:, :4] for x in drawn[1:3]),
+                                                 scale=0.5), **TOLERANCE)  # fmt: skip
+
+
 def nn_narrow(*given_operands):
     with jax.numpy_dtype_promotion("standard"):  # it computes scores in float32
         return SPELLINGS["jax.nn"](*given_operands)

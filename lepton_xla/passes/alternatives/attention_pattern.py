@@ -162,11 +162,22 @@ class Pattern:
 
     @property
     def ways(self) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-        """Functions of the kernel's operands: in XLA's own operations, and by the kernel."""
-        params = self.params
-        return lambda *given: attention.by_xla(*given, **params), lambda *given: attention.PRIMITIVE.bind(
-            *given, **params
-        )
+        """Functions of the kernel's operands, to be timed: in XLA's own operations, and by the kernel.
+
+        A mask hides half of the keys, as in a cache that is half full: the kernel need not read what is hidden.
+        """
+        params, masks = self.params, self.masked is not None
+
+        def timed(way: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            def compute(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+                if masks:
+                    keys = bias.shape[3]
+                    bias = jnp.where(jnp.arange(keys).reshape(1, 1, 1, keys) * 2 < keys, jnp.zeros_like(bias), bias)
+                return way(query, key, value, bias, **params)
+
+            return compute
+
+        return timed(attention.by_xla), timed(attention.PRIMITIVE.bind)
 
     @property
     def kind(self) -> Any:
