@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax._src import clusters, config, debugging, dispatch, distributed, source_info_util
 from jax._src.core import ShapedArray, Tracer
 from jax._src.interpreters import partial_eval
-from jax._src.sharding_impls import ShardingContext
+from jax._src.sharding_impls import ShardingContext, parse_flatten_op_sharding
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core as jex_core
 from jax.interpreters import batching, mlir
@@ -275,7 +276,9 @@ def row_primitive(
     def cut(*operands: Any, **params: Any) -> Any:
         rows = ",".join("m" if place in by_row else "" for place in range(len(operands)))
         letters = axes(**params) if axes else f"{rows}->m"
-        return _cut(lambda *given: primitive.bind(*given, **params), operands, letters)
+        return _cut(
+            lambda *given: primitive.bind(*given, **params), operands, letters, f"{name} {sorted(params.items())}"
+        )
 
     def batched(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, int]:
         size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
@@ -313,47 +316,56 @@ def row_primitive(
 def _on_several_devices(context: Any) -> bool:
     """Whether something is lowered for several devices of a mesh, among which XLA is to share it."""
     axes = context.module_context.axis_context
-    return isinstance(axes, ShardingContext) and axes.num_devices > 1 and bool(axes.abstract_mesh)
+    shardy = config.use_shardy_partitioner.value  # only it takes the rules of `_cut`
+    return shardy and isinstance(axes, ShardingContext) and axes.num_devices > 1 and bool(axes.abstract_mesh)
 
 
-def _cut(compute: Callable[..., Any], operands: Sequence[Any], axes: str) -> Any:
+def _cut(compute: Callable[..., Any], operands: Sequence[Any], axes: str, text: str) -> Any:
     """Compute something on several devices, each the part that is its own of the axes of the result.
 
     Args:
         compute: computes a part, of parts of the operands.
         operands: all of them.
         axes: as in `row_primitive`.
+        text: says what is computed. JAX's cache of compiled programs sees operands and rule, not what a part computes.
     """
     *given, result = axes.replace("->", ",").split(",")
     out = jax.eval_shape(compute, *operands)
     sizes = dict(zip(result, out.shape, strict=False))
     # What is missing has no elements, and what is the same for all has size one: neither is cut.
     kept = [place for place, operand in enumerate(operands) if operand.size]
+    tag = jnp.full(1, zlib.crc32(text.encode()), jnp.uint32)
 
     def letters(place: int) -> list[str | None]:
         names = [*given[place], *(None for _ in operands[place].shape)]
         found = zip(names, operands[place].shape, strict=False)
         return [name if name is not None and sizes.get(name) == size else None for name, size in found]
 
-    def part(*there: Any) -> Any:
+    def part(_tag: Any, *there: Any) -> Any:
         every = [jnp.zeros(operand.shape, operand.dtype) for operand in operands]
         for place, operand in zip(kept, there, strict=True):
             every[place] = operand
         return compute(*every)
 
     def partition(mesh: Any, _shapes: Any, whole: Any) -> tuple[Any, ...]:
-        cuts: dict[str | None, Any] = dict(zip(result, whole.sharding.spec, strict=False))
+        try:
+            (spec,) = parse_flatten_op_sharding(whole.sharding._to_xla_hlo_sharding(out.ndim), mesh)
+        except (ValueError, KeyError, AssertionError, NotImplementedError):
+            spec = PartitionSpec()  # a part of a mesh's axis has no name: everything is gathered
+        cuts: dict[str | None, Any] = dict(zip(result, spec, strict=False))
 
         def sharding(names: Iterable[str | None]) -> NamedSharding:
             return NamedSharding(mesh, PartitionSpec(*(cuts.get(name) for name in names)))
 
-        return mesh, part, sharding(result), tuple(sharding(letters(place)) for place in kept)
+        return mesh, part, sharding(result), (sharding([None]), *(sharding(letters(place)) for place in kept))
 
     def factors(of: str, names: Sequence[str | None], rank: int) -> str:
         padded = [*names, *(None for _ in range(rank - len(names)))]
         return " ".join(name or f"{of}_{axis}" for axis, name in enumerate(padded))
 
-    rule = ", ".join(factors(f"x{place}", letters(place), operands[place].ndim) for place in kept)
+    rule = ", ".join(["tag", *(factors(f"x{place}", letters(place), operands[place].ndim) for place in kept)])
     call = custom_partitioning(part)
-    call.def_partition(partition, sharding_rule=f"{rule} -> {factors('y', list(result), out.ndim)}")
-    return call(*(operands[place] for place in kept))
+    call.def_partition(
+        partition, decode_shardings=False, sharding_rule=f"{rule} -> {factors('y', list(result), out.ndim)}"
+    )
+    return call(tag, *(operands[place] for place in kept))

@@ -288,6 +288,8 @@ def _refuse_taken(kind: str, names: Iterable[str], known: Container[str]) -> Non
 
 def _with_input(program: Program, name: str, step: Texts | Images | Categories) -> Conversion:
     known = program.conversion or Conversion()
+    if name in known.inputs:
+        raise ModelError(f"clients send {name!r} already, for other inputs of the program; choose another name")
     return Conversion(inputs={**known.inputs, name: step}, outputs=known.outputs)
 
 

@@ -51,7 +51,7 @@ def _walked_once():
 
 
 # Tests that compare what is computed with NumPy. They compile for most of their time, and optimizations of LLVM are not
-# what they look at. What is compiled to be timed, kept or served is compiled as users do.
+# what they look at. What is compiled to be timed or served is compiled as users do, but for tests of commands.
 _MATHEMATICS = {"passes", "quant", "train", "tuning", "test_pipeline", "test_preset_zoo", "test_program", "test_nnx"}
 _MATHEMATICS |= {"federated", "test_recipe_frameworks", "test_recipe_methods", "test_transformer", "test_callbacks"}
 _MATHEMATICS |= {"cli", "evaluation", "explanation", "exporting", "generation", "learning", "sharding", "test_waiting"}

@@ -98,7 +98,10 @@ def opened(models: str, token_file: str | None, tls_ca: str | None) -> Repositor
 
 
 wait_option = click.option(
-    "--wait", metavar="DURATION", help="Until a server answers by it, at most this long, such as 30s; or exit with 2."
+    "--wait",
+    metavar="DURATION",
+    help="Until a server answers by it, at most this long, such as 30s; or exit with 2. Not for a server that loads "
+    "models when they are asked for.",
 )
 
 
@@ -114,7 +117,9 @@ def waiting(repository: Repository | RepositoryClient, wait: str | None) -> Call
         return lambda name, version, label: None
     if isinstance(repository, Repository):
         raise ServeError("--wait is for a server, which loads what is pushed: give its URL")
-    return functools.partial(repository.wait, seconds=_common.duration(wait, "--wait"))
+    seconds = _common.duration(wait, "--wait")
+    repository.index()  # refused before anything is changed, for a token that may not read
+    return functools.partial(repository.wait, seconds=seconds)
 
 
 def listed(repository: Repository | RepositoryClient) -> list[dict[str, Any]]:

@@ -94,7 +94,8 @@ def by_xla(
     scores = jnp.einsum(f"bqhd,{rows}d->bhqk", query, key, preferred_element_type=jnp.float32) * scale
     if 0 not in bias.shape:
         scores = jnp.where(bias == 0, scores, bias) if masks else scores + bias
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    exact = jnp.float32 if "float32" in (value.dtype.name, dtype) else value.dtype  # of the weights as of the result
+    weights, value = jax.nn.softmax(scores, axis=-1).astype(exact), value.astype(exact)
     return jnp.einsum(f"bhqk,{rows}e->bqhe", weights, value, preferred_element_type=jnp.float32).astype(dtype)
 
 

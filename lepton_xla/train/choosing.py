@@ -17,7 +17,7 @@ from lepton_xla._compat import bind
 from lepton_xla.arguments import takes
 from lepton_xla.errors import ModelError
 from lepton_xla.passes.core.layouts import LayoutOp
-from lepton_xla.passes.core.sites import Site, rewrite_sites
+from lepton_xla.passes.core.sites import Site, find_sites, rewrite_sites
 from lepton_xla.passes.core.tracking import Escapes
 from lepton_xla.passes.core.walker import Context, Values, materialize
 from lepton_xla.program import Program, TensorSpec, abstract_outputs, probe_sizes
@@ -46,7 +46,7 @@ def per_row(
         adapters: what clients call each -> what training a `low_rank` model of the base gave. The base may be one.
         base: what `low_rank` was given.
         name: of the new input, words; an unknown one is refused.
-        alpha: what `low_rank` was given.
+        alpha: what `low_rank` was given, one for all adapters.
 
     Raises:
         ModelError: for an adapter that is not of this base, a base that is quantized or whose inputs have no rows, or a
@@ -73,6 +73,10 @@ def per_row(
     if not adapters:
         raise ModelError("there are no adapters")
     for called, adapter in adapters.items():
+        if not isinstance(called, str) or not isinstance(adapter, Program):
+            raise ModelError(
+                f"adapter {called!r} is {type(adapter).__name__}; expected names -> Programs, such as `result.program`"
+            )
         _check(called, adapter, program.weights)
     beside = [path for path in program.weights if any(path + LEFT in each.weights for each in adapters.values())]
     changed = {path for path in program.weights if any(_differs(each, program, path) for each in adapters.values())}
@@ -94,12 +98,17 @@ def per_row(
 
         def row(at: jax.Array, *one: Any) -> Any:
             def of_row(path: str) -> jax.Array:
-                return flat[path].at[at].get(mode="fill")
+                # Not as a row of a matrix: that would be an embedding, which recipes round.
+                return flat[path][:, None].at[at, 0].get(mode="fill")
 
             own = {path: of_row(path + _WHOLE) if path in changed else flat[path] for path in order}
             low = {path: (of_row(path + LEFT), of_row(path + RIGHT)) for path in separate}
             whole = [each if axis is None else each[None] for each, axis in zip(one, axes, strict=True)]
-            return jax.tree.map(lambda leaf: leaf[0], _with_low_rank(fn, low)(own, *whole))
+            escapes = Escapes()
+            found = _with_low_rank(fn, low, escapes)(own, *whole)
+            if lost := sorted(escapes.paths & low.keys()):
+                raise ModelError(f"at these sizes weight {lost[0]!r} is used for more than products; merge adapters")
+            return jax.tree.map(lambda leaf: leaf[0], found)
 
         # A negative number would be counted from the end, and is none of an adapter either.
         return jax.vmap(row, (0, *axes))(jnp.where(which < 0, count, which), *inputs)
@@ -156,11 +165,23 @@ def _whole(path: str, adapter: Program, alpha: float | None) -> jax.Array:
 
 def _inseparable(program: Program, symbol: str, pairs: Mapping[str, _Pair]) -> set[str]:
     """Weights that are used elsewhere than where low-rank weights can be applied by themselves."""
+    # A scan steps over low-rank weights as over the stored weight, if it steps over that.
+    unlike = {
+        site.path
+        for site in find_sites(program)
+        if site.path is not None
+        and site.path in pairs
+        and (
+            site.stacked != pairs[site.path][0].ndim - 3
+            or any(isinstance(op, LayoutOp) for op in site.layout[: site.stacked])
+        )
+    }
+    pairs = {path: pair for path, pair in pairs.items() if path not in unlike}
     escapes = Escapes()
     of_one = {path: (left[0], right[0]) for path, (left, right) in pairs.items()}
     sizes = probe_sizes(program.fn, program.weights, program.inputs)[0] | {symbol: 1}
     abstract_outputs(_with_low_rank(program.fn, of_one, escapes), program.weights, program.inputs, sizes)
-    return escapes.paths & pairs.keys()
+    return (escapes.paths & pairs.keys()) | unlike
 
 
 def _with_low_rank(

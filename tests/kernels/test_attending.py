@@ -268,6 +268,17 @@ def test_attention_of_bfloat16_is_found(kernels, fn):
     np.testing.assert_allclose(jax.jit(found)(*given_operands, mask).astype("float32"), expected, atol=0.02)
 
 
+def test_float32_attention_of_bfloat16_is_not_rounded_where_there_is_no_kernel():
+    def fn(query, key, value):
+        wide = [each.astype("float32") for each in (query, key, value)]
+        return jax.nn.softmax(wide[0] @ jnp.swapaxes(wide[1], 1, 2)) @ wide[2]
+
+    given_operands = [jnp.asarray(array(2, 7, 4, seed=seed), jnp.bfloat16) for seed in range(3)]
+    found = attending.attend(fn, lambda _pattern: True)
+    assert "attention" in str(jax.make_jaxpr(found)(*given_operands))
+    np.testing.assert_allclose(jax.jit(found)(*given_operands), jax.jit(fn)(*given_operands), rtol=1e-5, atol=1e-5)
+
+
 def both(query, key, value):
     scores = query @ jnp.swapaxes(key, 1, 2)
     return jax.nn.softmax(scores) @ value + scores[..., :4]
@@ -281,6 +292,17 @@ NO_ATTENTION = {
     "scores are a result": lambda query, key, value: (
         jax.nn.softmax(scores := query @ jnp.swapaxes(key, 1, 2)) @ value,
         scores,
+    ),
+    "weights are rounded": lambda query, key, value: (
+        jax.nn.softmax(query @ jnp.swapaxes(key, 1, 2)).astype("float16").astype("float32") @ value
+    ),
+    "weights are chosen": lambda query, key, value: (
+        (jax.nn.softmax(query @ jnp.swapaxes(key, 1, 2)) + 0.5).astype("int32").astype("float32") @ value
+    ),
+    "the sum is rounded": lambda query, key, value: (
+        (e := jnp.exp((s := query @ jnp.swapaxes(key, 1, 2)) - s.max(-1, keepdims=True)))
+        / e.sum(-1, keepdims=True).astype("float16").astype("float32")
+        @ value
     ),
     "over queries": lambda query, key, value: (
         jax.nn.softmax(query @ jnp.swapaxes(key, 1, 2), axis=1) @ value  # each key is shared among queries

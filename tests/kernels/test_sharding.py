@@ -1,6 +1,10 @@
 """Kernels on two devices: each computes its part of the result, of its parts of the operands, and gathers nothing."""
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +51,39 @@ CASES = {
     "heads": (attend, HEADS, (",,d,;,d,,;,d,,;,,,", ",,d,")),
     "norms": (norm.normalize, (array(8, 64), array(64), array(64)), ("d,;;", "d,")),
 }
+
+
+ON_FOUR = """
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from lepton_xla.kernels import attention, installation
+mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+columns = jax.NamedSharding(mesh, jax.P(None, None, "model"))
+w = jax.device_put(jax.random.normal(jax.random.key(1), (3, 16, 16)), columns)
+def fn(x, w):
+    query, key, value = ((x @ each).reshape(2, 5, 2, 8) for each in w)
+    return attention.attend(query, key, value)
+compiled = jax.jit(fn).lower(x, w).compile()
+assert installation.PREFIX in compiled.as_text()
+np.testing.assert_allclose(compiled(x, w), jax.jit(fn)(x, np.asarray(w)), rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_two_heads_on_four_devices(kernels):
+    environ = {name: each for name, each in os.environ.items() if name not in ("LEPTON_KERNELS", "XLA_FLAGS")}
+    done = subprocess.run([sys.executable, "-c", ON_FOUR], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cache_of_compiled_programs_tells_what_is_computed_from_something_else(kernels):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    given = [jax.device_put(each, cut(mesh, "d,,,")) for each in HEADS[:3]]
+    texts = set()
+    for scale in (1.0, 0.5):
+        lowered = jax.jit(lambda *operands, scale=scale: attention.attend(*operands, heads_first=True, scale=scale))
+        texts.add(re.sub(r"backend_config = .*?[,}]", "", lowered.lower(*given).as_text()))
+    assert len(texts) == 2
 
 
 def cut(mesh, axes):

@@ -85,7 +85,7 @@ def _moved(eqn: Any, axes: Sequence[str]) -> list[str] | None:
     if name == "transpose":
         return [str(axes[axis]) for axis in params["permutation"]]
     if name == "convert_element_type":
-        return list(axes)
+        return list(axes) if is_float(eqn.outvars[0]) else None
     if name == "broadcast_in_dim":
         kept = {new: axes[old] for old, new in enumerate(params["broadcast_dimensions"])}
         same = all(before[old] == after[new] for old, new in enumerate(params["broadcast_dimensions"]))
@@ -253,7 +253,11 @@ class _Search:
         self._take(raised)
         readers = {eqn.primitive.name: eqn for eqn in self.graph.readers.get(self.var, [])}
         wide = readers.pop("convert_element_type", None)  # 16-bit floats are added up in 32 bits
-        if wide is not None and (summed := self.graph.only_reader(wide.outvars[0])) is not None:
+        if (
+            wide is not None
+            and is_float(wide.outvars[0])
+            and (summed := self.graph.only_reader(wide.outvars[0])) is not None
+        ):
             readers[summed.primitive.name] = summed
             self.members.append(wide)
         if set(readers) != {"reduce_sum", "div"} or self._read_often(2):
@@ -281,7 +285,9 @@ class _Search:
                     return None
                 if eqn.outvars[0].aval.ndim != whole.aval.ndim:
                     return None
-            elif not lowest and name not in ("stop_gradient", "copy", "copy_p", "convert_element_type"):
+            elif not is_float(eqn.outvars[0]) or not (
+                lowest or name in ("stop_gradient", "copy", "copy_p", "convert_element_type")
+            ):
                 return None
             passed.append(eqn)
             var = eqn.outvars[0]

@@ -32,6 +32,8 @@ _MOST_CONFLICTS = 100
 # Artifacts are sent so often where others who push the same take the files.
 _MOST_TIMES = 10
 _LOOK_S = 0.1
+# What is told of a version may be of an earlier one, until the server looks at its repository again.
+_SURE_S = 3.0
 
 
 class RepositoryClient(Client):
@@ -91,13 +93,18 @@ class RepositoryClient(Client):
             RequestError: if the server cannot be reached.
         """
         what, end = f"version {version} of model {name!r}", time.monotonic() + seconds
+        failing_s: float | None = None
         while True:
-            entry = next((each for each in self.index() if (each["name"], each.get("version")) == (name, version)), {})
-            if entry.get("state") == "UNAVAILABLE":
-                raise ServeError(f"{what} does not answer: {entry.get('reason', 'it cannot be loaded')}")
-            if entry.get("state") == "READY" and (label is None or label in self._labels(name, version)):
+            entries = {each.get("version", ""): each for each in self.index() if each["name"] == name}
+            entry, now = entries.get(version) or entries.get("", {}), time.monotonic()
+            # A version that is ready and has a reason answers by an older artifact, as the new one cannot be loaded.
+            state, reason = entry.get("state"), entry.get("reason", "")
+            failing_s = (failing_s or now) if state == "UNAVAILABLE" or reason else None
+            if failing_s is not None and (now - failing_s >= _SURE_S or now > end):
+                raise ServeError(f"{what} does not answer: {reason or 'it cannot be loaded'}")
+            if state == "READY" and not reason and (label is None or label in self._labels(name, version)):
                 return
-            if time.monotonic() > end:
+            if now > end:
                 raise ServeError(f"{what} does not answer after {seconds:g} s; `leptonx top` shows what is loaded")
             time.sleep(_LOOK_S)
 

@@ -207,8 +207,8 @@ class Feedback:
             if now is answer:  # neither dropped, nor is there another answer with this id
                 piece.answers[request_id] = hash(tuple(right))
                 piece.nbytes -= len(answer)
-            if piece.propensities:
-                weighed.append((len(new), piece.propensities.pop(request_id, 0.0)))
+                if piece.propensities:
+                    weighed.append((len(new), piece.propensities.pop(request_id, 0.0)))
             new[request_id] = right
             kept.append(answer)
         if not new:

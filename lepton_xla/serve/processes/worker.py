@@ -31,7 +31,7 @@ from lepton_xla.serve.models.host import Host
 from lepton_xla.serve.models.manager import Entry
 from lepton_xla.serve.models.registry import Registry
 from lepton_xla.serve.models.trimming import Trimmer
-from lepton_xla.serve.monitor.feedback import divide, rows_of
+from lepton_xla.serve.monitor.feedback import divide, rows_of, unknown_answer
 from lepton_xla.serve.observe.server_metrics import ServerMetrics
 from lepton_xla.serve.processes import control
 from lepton_xla.serve.processes.child import run_child
@@ -264,6 +264,9 @@ class Worker:
             return control.Judged(number, known, status=error.status, error=error.message)
         if not count:
             return control.Judged(number, known)
+        if rest:  # dropped since this worker was asked whether it knows them
+            error = unknown_answer()
+            return control.Judged(number, known, status=error.status, error=error.message)
         for judge, held in parts:
             judge.settle(held)
         return control.Judged(number, known, rows_of(parts))

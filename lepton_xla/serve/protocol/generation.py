@@ -30,8 +30,8 @@ _ALIASES = {
 # What asks for nothing that is not done anyway.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ("", [], None),
-    "stream": (True, False, None),
-    "details": (True, False, None),
+    "stream": (True, False, 1, 0, None),  # numbers in queries
+    "details": (True, False, 1, 0, None),
     "n": (1, None),
     "best_of": (1, None),
     "echo": (False, None),

@@ -99,7 +99,8 @@ def test_versions_are_pushed_promoted_rolled_back_and_removed(start, repository,
     assert set(repository.scan()) == {"m", "other"}
 
 
-def test_a_promotion_waits_until_the_server_answers_by_it(start, repository, made, tmp_path):
+def test_a_promotion_waits_until_the_server_answers_by_it(start, repository, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(client_module, "_SURE_S", 0.2)
     server = start()
     with RepositoryClient(server.url) as client:
         client.promote("m", client.push(made[2], "m"))
@@ -109,6 +110,13 @@ def test_a_promotion_waits_until_the_server_answers_by_it(start, repository, mad
         with pytest.raises(ServeError, match="version 3 of model 'm' does not answer: m/3: manifest"):
             client.wait("m", "3", "stable")
         assert server.models.labels("m") == {"stable": "2"}
+        # A number that is used again: the old version answers, and is not the one that was pushed.
+        client.rollback("m")
+        shutil.rmtree(repository.root / "m" / "2.lepton")
+        shutil.copytree(make_artifact(tmp_path / "b.lepton"), repository.root / "m" / "2.lepton")
+        wait(lambda: any(each.get("reason") for each in client.index() if each["version"] == "2"))
+        with pytest.raises(ServeError, match="version 2 of model 'm' does not answer: m/2: manifest"):
+            client.wait("m", "2", "stable")
         with pytest.raises(ServeError, match="version 9 of model 'm' does not answer after 0 s"):
             client.wait("m", "9", seconds=0)
 

@@ -34,6 +34,10 @@ def stacked(w, x):
     return jax.lax.scan(lambda carry, layer: (jnp.tanh(carry @ layer), None), x, w["w"])[0]
 
 
+def stacked_second(w, x):
+    return stacked({"w": jnp.moveaxis(w["w"], 1, 0)}, x)
+
+
 def tied(w, ids):
     return jnp.tanh(w["e"][ids] @ w["d"]) @ w["e"].T
 
@@ -48,14 +52,22 @@ MODELS = {
     "convolution": (convolved, {"k": normal(3, 3, 4, 8)}, IMAGES, []),
     "grouped": (lambda w, x: convolved(w, x, 4), {"k": normal(3, 3, 1, 8)}, IMAGES, ["k"]),
     "stacked": (stacked, {"w": normal(3, 6, 6)}, FLOATS, []),
+    "stacked along its second axis": (stacked_second, {"w": normal(6, 3, 6)}, FLOATS, ["w"]),
     "tied embedding": (tied, {"e": normal(7, 4), "d": normal(4, 4)}, IDS, []),
     "read twice": (lambda w, x: x @ w["w"] + w["w"].sum(0, keepdims=True), {"w": normal(6, 5)}, FLOATS, ["w"]),
 }
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers_whatever_ran_before():
+    RANDOM.bit_generator.state = np.random.default_rng(1).bit_generator.state
+
+
 def adapted(program, rank, **options):
     made = train.low_rank(program, rank, **options).program
-    weights = {path: normal(*leaf.shape) if path.endswith("/right") else leaf for path, leaf in made.weights.items()}
+    weights = {
+        path: 4 * normal(*leaf.shape) if path.endswith("/right") else leaf for path, leaf in made.weights.items()
+    }
     return made.replace(weights=weights)
 
 
@@ -107,6 +119,26 @@ def test_weights_that_were_trained_as_a_whole_are_each_adapters_own():
         assert np.isnan(made(made.weights, x, jnp.array([number, 0]))[0]).all()
 
 
+def test_a_vector_of_each_adapter_is_no_embedding_that_a_recipe_would_round():
+    program = lx.trace(lambda w, x: (x @ w["w"]) * w["s"][None], {"w": normal(6, 5), "s": normal(5)}, FLOATS)
+    other = adapted(program, 1, include=["w"], also_train=["s"])
+    other = other.replace(weights={**other.weights, "s": normal(5)})
+    made = train.per_row({"none": program, "other": other}, program)
+    assert "s:of_each" in made.weights
+    assert {site.path for site in lx.find_sites(made)} == {"w", None}
+
+
+def test_a_weight_that_is_used_otherwise_at_another_size_is_refused_there():
+    def fn(w, x):
+        return (x @ (w["w"] if x.shape[1] < 100 else w["w"][:, ::-1][:, ::-1])).sum(1)
+
+    program = lx.trace(fn, {"w": normal(6, 5)}, {"x": lx.TensorSpec(("batch", "seq", 6), "float32")})
+    made = train.per_row({"one": adapted(program, 1)}, program)
+    assert made(made.weights, normal(1, 3, 6), jnp.zeros(1, "int32")).shape == (1, 5)
+    with pytest.raises(lx.ModelError, match="at these sizes weight 'w' is used for more than products"):
+        made(made.weights, normal(1, 200, 6), jnp.zeros(1, "int32"))
+
+
 def test_a_served_batch_holds_rows_of_several_adapters_and_others_are_refused(tmp_path):
     program = lx.trace(lambda w, x: x @ w["w"], {"w": normal(6, 5)}, FLOATS)
     adapters = {"german": adapted(program, 2), "none": program}
@@ -146,6 +178,8 @@ def more(program):
     [
         (lambda program, _: train.per_row({}, program), "there are no adapters"),
         (lambda program, _: train.per_row({"a": program}, program, name="x"), "has an input 'x' already"),
+        (lambda program, _: train.per_row({7: program}, program), "adapter 7 is Program; expected names"),
+        (lambda program, _: train.per_row({"a": object()}, program), "adapter 'a' is object; expected names"),
         (lambda program, other: train.per_row({"a": other}, program), "adapter 'a' is not what low_rank made of"),
         (lambda program, _: train.per_row({"a": more(program)}, program), "adapter 'a' is not what low_rank made of"),
         (
