@@ -24,7 +24,6 @@ import harness
 import jax
 import journal
 import numpy as np
-import psutil
 from loops import load, on_cores, result_of
 from payloads import Payload
 from server_process import Server, free_port
@@ -248,13 +247,6 @@ def swapped(
     }
 
 
-def _others_s(server: Server) -> float:
-    """Processor seconds of all that is neither the server nor this process, other machines on the host included."""
-    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    busy_s = times.user + times.nice + times.system + getattr(times, "steal", 0.0)
-    return busy_s - own.user - own.system - server.cpu_s()
-
-
 def reloaded(
     folder: pathlib.Path, made: Made, other: Made, reloads: int, options: argparse.Namespace
 ) -> list[dict[str, float]]:
@@ -279,7 +271,7 @@ def reloaded(
                 done.set()
 
             thread = threading.Thread(target=reload_all)
-            began, others_s = time.monotonic(), _others_s(server)
+            began = time.monotonic()
             thread.start()
             result = result_of(server, SHARE * capacity, CONNECTIONS, 2.0 if options.quick else 8.0, warmup_s=0.2)
             thread.join()
@@ -291,7 +283,6 @@ def reloaded(
                 "p50_ms": 1e3 * found["p50"],
                 "p99_ms": 1e3 * found["p99"],
                 "lag_p99_ms": 1e3 * result.percentiles(result.lag_s)["p99"],
-                "others_ms": 1e3 * (_others_s(server) - others_s),
                 "errors": float(result.errors),
             })  # fmt: skip
     finally:
@@ -392,17 +383,15 @@ def tables(found: Any) -> list[str]:
         lines = [
             (
                 f"{row['reloads']:,.0f}", f"{row['memory_bytes'] / 2**20:.0f}", f"{row['p50_ms']:.2f}",
-                f"{row['p99_ms']:.2f}", f"{row.get('lag_p99_ms', np.nan):.2f}", f"{row.get('others_ms', np.nan):.0f}",
-                f"{row['errors']:.0f}",
+                f"{row['p99_ms']:.2f}", f"{row['lag_p99_ms']:.2f}", f"{row['errors']:.0f}",
             )
             for row in found["reloads"]
         ]  # fmt: skip
         made.append("### Reloads of one model under traffic to another")
         made.append(
             "Of each p99 a part is the generator's, which was late with requests itself; and other processes that take "
-            "the server's core show in it. The last column but one is the processor time that these had meanwhile."
+            "the server's core show in it."
         )
-        header = ("reloads", "resident, MiB", "p50, ms", "p99, ms", "generator late, p99, ms",
-                  "other processes, ms", "errors")  # fmt: skip
+        header = ("reloads", "resident, MiB", "p50, ms", "p99, ms", "generator late, p99, ms", "errors")
         made.append(harness.markdown(header, lines))
     return made
