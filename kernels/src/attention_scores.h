@@ -76,14 +76,8 @@ inline Floats exp(Floats x) {
   const Floats at = larger_of(x, Floats{} - 87.0f);
   const Floats shifted = at * 1.44269504088896341f + magic, count = shifted - magic;
   const Floats rest = (at - count * 0.693359375f) + count * 2.12194440e-4f;
-  Floats value = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  value = value * rest + 8.3334519073e-3f;
-  value = value * rest + 4.1665795894e-2f;
-  value = value * rest + 1.6666665459e-1f;
-  value = value * rest + 5.0000001201e-1f;
-  value = value * (rest * rest) + rest + 1.0f;
   const Ints power = ((Ints)shifted - 0x4b400000 + 127) << 23;
-  value = value * (Floats)power;
+  Floats value = exp_near_zero(rest) * (Floats)power;
   value = x < -87.0f ? Floats{} : value;
   return x == x ? value : x;
 }

@@ -39,15 +39,9 @@ inline Floats exponential(Floats x) {
   const Floats whole = shifted - 12582912.0f;
   x = x - whole * 0.693359375f;
   x = x + whole * 2.12194440e-4f;
-  Floats y = x * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * x + 8.3334519073e-3f;
-  y = y * x + 4.1665795894e-2f;
-  y = y * x + 1.6666665459e-1f;
-  y = y * x + 5.0000001201e-1f;
-  y = y * (x * x) + x + 1.0f;
   // In two factors, since 2^128 is not a float.
   const Ints half = power >> 1;
-  y = y * (Floats)((half + 127) << 23) * (Floats)((power - half + 127) << 23);
+  Floats y = exp_near_zero(x) * (Floats)((half + 127) << 23) * (Floats)((power - half + 127) << 23);
   y = given > high ? Floats{} + __builtin_inff() : y;
   y = given < low ? Floats{} : y;
   return given == given ? y : given;

@@ -117,4 +117,14 @@ struct Table {
 #endif
 };
 
+// e^x for x within ln(2) / 2 of zero, to float32's precision (Cephes' expf).
+inline Floats exp_near_zero(Floats x) {
+  Floats value = x * 1.9875691500e-4f + 1.3981999507e-3f;
+  value = value * x + 8.3334519073e-3f;
+  value = value * x + 4.1665795894e-2f;
+  value = value * x + 1.6666665459e-1f;
+  value = value * x + 5.0000001201e-1f;
+  return value * (x * x) + x + 1.0f;
+}
+
 }  // namespace lepton::VARIANT
