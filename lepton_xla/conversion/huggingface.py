@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from lepton_xla.environment.extras import Needs
 from lepton_xla.errors import ArtifactError, InputError
 
 MAX_TOKENIZER_BYTES = 64 << 20
+
+
+@contextlib.contextmanager
+def _told() -> Generator[None, None, None]:
+    try:
+        yield
+    except Exception as error:  # of no class of its own
+        raise InputError(f"the tokenizer has no tokens for a text: {error}") from error
 
 
 class HuggingFace:
@@ -50,17 +59,13 @@ class HuggingFace:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError("the prompt is not valid Unicode: it holds half of a surrogate pair") from error
-        try:
+        with _told():
             return list(self._tokenizer.encode(text).ids)
-        except Exception as error:  # of no class of its own
-            raise InputError(f"the tokenizer has no tokens for the text: {error}") from error
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of several texts, as `encode`, which other threads of Python may go on beside."""
-        try:
+        with _told():
             return [list(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
-        except Exception as error:  # of no class of its own
-            raise InputError(f"the tokenizer has no tokens for one of the texts: {error}") from error
 
     def names(self) -> list[str]:
         """Each token as people read it, in order: its text, or where it is no text by itself, the tokenizer's word."""

@@ -24,7 +24,7 @@ from lepton_xla.program import Program, TensorSpec, abstract_outputs, probe_size
 from lepton_xla.raw_inputs import take_categories
 from lepton_xla.rows import check_rows_lead, row_symbol
 from lepton_xla.train.models import Model
-from lepton_xla.train.transfer import LEFT, RIGHT
+from lepton_xla.train.transfer import LEFT, RIGHT, scale_of, summed
 
 _WHOLE = ":of_each"
 
@@ -153,14 +153,13 @@ def _low_rank_of(path: str, adapter: Program, alpha: float | None) -> _Pair | No
     if path + LEFT not in adapter.weights:
         return None
     left, right = adapter.weights[path + LEFT], adapter.weights[path + RIGHT]
-    rank = left.shape[-1]
-    return left, right * jnp.asarray((alpha if alpha is not None else rank) / rank, right.dtype)
+    return left, right * jnp.asarray(scale_of(left.shape[-1], alpha), right.dtype)
 
 
 def _whole(path: str, adapter: Program, alpha: float | None) -> jax.Array:
     """The weight of an adapter, low-rank ones added."""
-    weight, pair = adapter.weights[path], _low_rank_of(path, adapter, alpha)
-    return weight if pair is None else weight + (pair[0] @ pair[1]).reshape(weight.shape)
+    left = adapter.weights.get(path + LEFT)
+    return summed(path, adapter.weights, 1.0 if left is None else scale_of(left.shape[-1], alpha))
 
 
 def _inseparable(program: Program, symbol: str, pairs: Mapping[str, _Pair]) -> set[str]:

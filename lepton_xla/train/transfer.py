@@ -91,7 +91,7 @@ def low_rank(
         raise ModelError(f"no site has a weight among {', '.join(include)}; those of sites are {some_names(sites)}")
     if rank < 1:
         raise ModelError(f"rank {rank} is not at least 1")
-    scale = (alpha if alpha is not None else rank) / rank
+    scale = scale_of(rank, alpha)
     keys = jax.random.split(key if key is not None else jax.random.key(0), len(chosen))
     added: dict[str, jax.Array] = {}
     for path, one in zip(chosen, keys, strict=True):
@@ -103,20 +103,20 @@ def low_rank(
         added[path + LEFT] = left / jnp.sqrt(jnp.asarray(rows, weight.dtype))
         added[path + RIGHT] = jnp.zeros((*layers, rank, columns), weight.dtype)
 
-    def summed(given: Mapping[str, Any]) -> dict[str, Any]:
-        return {path: leaf for path, leaf in _sums(given, scale).items() if path not in added}
+    def without_added(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: summed(path, given, scale) for path in given if path not in added}
 
     apply, fn = model.apply, model.program.fn
 
     def with_added(weights: Any, state: Any, key: Any, *inputs: Any) -> tuple[Any, dict[str, jax.Array]]:
-        every = summed({**weights, **state})
+        every = without_added({**weights, **state})
         own = {path: every[path] for path in model.weights}
         kept = {path: every[path] for path in model.state}
         outputs, after = apply(own, kept, key, *inputs)
         return outputs, {**state, **after}
 
     program = model.program.replace(
-        fn=lambda weights, *inputs: fn(summed(weights), *inputs), weights={**model.program.weights, **added}
+        fn=lambda weights, *inputs: fn(without_added(weights), *inputs), weights={**model.program.weights, **added}
     )  # fmt: skip
     whole_model = Model(with_added, {**model.weights, **added}, model.state, program)
     return _parted(whole_model, [*added, *whole])
@@ -146,18 +146,26 @@ def merge(trained: Program, base: Model | Program, *, alpha: float | None = None
     ranks = [leaf.shape[-1] for path, leaf in trained.weights.items() if path.endswith(LEFT)]
     if missing or not ranks:
         raise ModelError("this program is not what low_rank made of that base")
-    weights = _sums(trained.weights, (alpha if alpha is not None else ranks[0]) / ranks[0])
-    return plain.replace(weights={path: weights[path] for path in plain.weights})
+    scale = scale_of(ranks[0], alpha)
+    return plain.replace(weights={path: summed(path, trained.weights, scale) for path in plain.weights})
 
 
-def _sums(weights: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    found = dict(weights)
-    for path, left in weights.items():
-        if path.endswith(LEFT):
-            name = path.removesuffix(LEFT)
-            product = (left @ weights[name + RIGHT]) * jnp.asarray(scale, left.dtype)
-            found[name] = weights[name] + product.reshape(weights[name].shape)
-    return found
+def scale_of(rank: int, alpha: float | None) -> float:
+    """The factor of a product of low-rank weights; 1 without `alpha`.
+
+    >>> scale_of(4, None), scale_of(4, 8.0)
+    (1.0, 2.0)
+    """
+    return (alpha if alpha is not None else rank) / rank
+
+
+def summed(path: str, weights: Mapping[str, Any], scale: float) -> jax.Array:
+    """A weight with the product of the low-rank weights beside it, if there are any."""
+    weight = weights[path]
+    if path + LEFT not in weights:
+        return weight
+    product = (weights[path + LEFT] @ weights[path + RIGHT]) * jnp.asarray(scale, weights[path + LEFT].dtype)
+    return weight + product.reshape(weight.shape)
 
 
 def _matrix(shape: Sequence[int], stacked: int) -> tuple[int, ...]:
