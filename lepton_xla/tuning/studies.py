@@ -250,9 +250,15 @@ def training_key(recipe: str, settings: Mapping[str, float], digest: str) -> str
 
 
 def objectives_of(trial: Trial, objective: Objective, constraints: Constraints) -> tuple[tuple[float, float], float]:
-    """What Optuna is told: drop and objective, and by how much constraints are broken."""
-    other = trial.bytes if objective == "metric" else trial.value(objective)
-    return (trial.judged, float(other)), trial.excess(constraints)
+    """What Optuna is told: drop and objective, and by how much constraints are broken.
+
+    Within a bound on the drop a smaller drop is worth nothing: trials beside what is best by the objective teach more.
+    """
+    excess = trial.excess(constraints)
+    if objective == "metric":
+        return (trial.judged, float(trial.bytes)), excess
+    bound = -math.inf if constraints.max_drop is None else constraints.max_drop
+    return (max(trial.judged, bound), float(trial.value(objective))), excess
 
 
 def _opened(optuna: Any, storage: str | os.PathLike[str]) -> Any:

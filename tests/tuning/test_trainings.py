@@ -245,6 +245,16 @@ def told(study, key, drop=1.0):
     return asked.settings
 
 
+def test_within_the_bound_a_smaller_drop_is_worth_nothing():
+    none, little, much = (trials.Trial("a", "", "trained", {}, judged=drop, bytes=400) for drop in (0.0, 0.4, 0.9))
+    bounded = Constraints(max_drop=0.5)
+    assert [studies.objectives_of(each, "bytes", bounded)[0] for each in (none, little, much)] == [
+        (0.5, 400.0), (0.5, 400.0), (0.9, 400.0),
+    ]  # fmt: skip
+    assert studies.objectives_of(none, "metric", bounded)[0] == (0.0, 400.0)
+    assert studies.objectives_of(little, "bytes", Constraints())[0] == (0.4, 400.0)
+
+
 def test_two_processes_share_what_they_try_and_measure(optuna, tmp_path):
     where = f"sqlite:///{tmp_path}/s.db"
     study = Study("s", RANGES, FIRST, storage=where)
