@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 NO_RECIPE = "none"
 _NOTICEABLE_S = 1.0
+# Numbers that somebody types; floats, integers of 64 bits and clocks end somewhere.
+_DECIMAL = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
+_MOST = (1 << 63) - 1
+_UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
+_LONGEST_S = 366 * 86400.0
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 recipe_option = click.option(
@@ -154,11 +159,29 @@ def parse_bytes(context: click.Context, option: click.Parameter, value: str | No
     """
     if value is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", value.strip(), re.IGNORECASE)
+    found = re.fullmatch(rf"({_DECIMAL})\s*(?:([KMGT])(i?)B?|B)?", value.strip(), re.IGNORECASE)
     unit = "KMGT".index(found[2].upper()) + 1 if found is not None and found[2] else 0
     count = int(float(found[1]) * (1024 if found[3] else 1000) ** unit) if found is not None else 0
-    if count < 1:
+    if not 1 <= count <= _MOST:
         raise click.BadParameter(f"{value!r}: expected bytes, such as 800000, 2MB or 4GiB", context, option)
+    return count
+
+
+def parse_operations(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """Read an option's number of operations: k, M, G and T are powers of 1000.
+
+    Raises:
+        BadParameter: if it is none, or less than one.
+
+    >>> [parse_operations(None, None, text) for text in ("800000", "2.5M", None)]
+    [800000, 2500000, None]
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(rf"({_DECIMAL})\s*([kMGT]?)", value.strip(), re.IGNORECASE)
+    count = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found is not None else 0
+    if not 1 <= count <= _MOST:
+        raise click.BadParameter(f"{value!r}: expected multiply-adds, such as 800000 or 2.5M", context, option)
     return count
 
 
@@ -229,16 +252,16 @@ def check_folder(path: str | None) -> None:
 
 
 def duration(text: str, option: str) -> float:
-    """A duration that an option was given, in seconds.
+    """A duration that an option was given, in seconds: at most a year.
 
     >>> duration("10s", "--every"), duration("2m", "--every"), duration("0.5", "--every")
     (10.0, 120.0, 0.5)
     """
-    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smh]?)", text)
-    if found is None:
-        raise click.UsageError(f"{option} {text!r}: expected a duration such as 10s or 2m")
-    return float(found[1]) * units[found[2]]
+    found = re.fullmatch(rf"({_DECIMAL})\s*(ms|[smhd]?)", text.strip())
+    seconds = float(found[1]) * _UNITS_S[found[2]] if found is not None else math.inf
+    if seconds > _LONGEST_S:
+        raise click.UsageError(f"{option} {text!r}: expected a duration such as 10s, 2m or 1h")
+    return seconds
 
 
 def check_free(output: str, *, overwrite: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from lepton_xla.learning.rounds import Round
     from lepton_xla.learning.tracking import Window
 
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_EVERY = "10m"
 
 
 @click.command()
@@ -31,7 +30,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     metavar="NAME.lepton",
     help="The artifact that is served, or was first: its code runs the new weights, its recipe makes them.",
 )
-@click.option("--server", metavar="URL", help="Where to push the result; by default it is kept as an artifact.")
+@click.option("--server", metavar="URL", help="Where to push the result.")
 @click.option("--model", metavar="NAME", help="Its name on the server; by default the artifact's.")
 @click.option(
     "--folder",
@@ -47,19 +46,30 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
     "float master of --base, if `leptonx compile --keep-master` kept one, else with the TrainSpec's own.",
 )
 @click.option("--once/--loop", default=True, show_default=True, help="One round, or one after another.")
-@click.option("--every", metavar="TIME", help="With --loop: time between rounds, such as 10m; by default 10m.")
+@click.option(
+    "--every", metavar="DURATION", help=f"With --loop: time between rounds, such as 10m; by default {_EVERY}."
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of each round; by default the TrainSpec's.")
 @click.option("--fresh", type=float, default=0.5, show_default=True, help="Share of a batch that is samples.")
 @click.option("--held-out", type=float, default=0.2, show_default=True, help="Share of the samples that only judges.")
 @click.option("--least-rows", type=int, default=200, show_default=True, help="New labelled rows that a round needs.")
-@click.option("--max-drop", type=float, default=0.02, show_default=True, help="How far a metric on old data may fall.")
+@click.option(
+    "--max-drop", type=float, default=0.02, show_default=True, help="How far a metric on old data may get worse."
+)
+@click.option(
+    "--lower-is-better",
+    multiple=True,
+    metavar="METRIC",
+    help="A metric on old data that is better when it is smaller, as those whose names hold loss, error or perplexity "
+    "are anyway. Repeatable.",
+)
 @click.option(
     "--rollout",
     metavar="FILE.json",
     help="`stages`, `rollback` and `promote` of the rollout; by default the server's own.",
 )
 @click.option("--direct", is_flag=True, help="Promote as soon as the version is loaded, without a rollout.")
-@click.option("-o", "--output", metavar="NAME.lepton", help="Without --server: where to write the artifact.")
+@click.option("-o", "--output", metavar="NAME.lepton", help="Instead of --server: where to write the result.")
 @_common.overwrite_option
 @click.option("--plot", metavar="FILE.png", help="Draw accuracy over time; needs lepton-xla[plot].")
 @click.option("--key", metavar="FILE", help="Sign the result with this private key, for `leptonx serve --trust`.")
@@ -86,6 +96,7 @@ def learn(
     held_out: float,
     least_rows: int,
     max_drop: float,
+    lower_is_better: tuple[str, ...],
     rollout: str | None,
     direct: bool,
     output: str | None,
@@ -112,15 +123,19 @@ def learn(
       leptonx learn digits.py:training --samples kept --base digits.lepton --server URL --loop --every 10m
       leptonx learn digits.py:training --samples kept --base digits.lepton -o better.lepton
     """
-    seconds = _seconds(every or "10m")
     if every is not None and once:
         raise click.UsageError("--every is for rounds one after another; give --loop too")
-    if server is not None and output is not None:
+    seconds = _common.duration(every or _EVERY, "--every")
+    if not seconds:
+        raise click.UsageError(f"--every {every}: leave some time between rounds, such as 10s")
+    if (server is None) == (output is None):
         raise click.UsageError("give --server to push the result, or --output to keep it")
     _common.check_goes_with("server", "direct", "rollout", "token_file", "tls_ca")
     _common.check_goes_with("output", "overwrite")
     if output is not None:
         _common.check_free(output, overwrite=overwrite)
+        if not once and not overwrite:
+            raise click.UsageError("--loop writes --output once a round; give --overwrite too")
     _common.check_folder(plot)
     figure = None if plot is None else _common.figure()
 
@@ -130,7 +145,8 @@ def learn(
     from lepton_xla.serve.client.repository import RepositoryClient
 
     plan = LearningPlan(
-        steps=steps, fresh=fresh, held_out=held_out, least_rows=least_rows, max_drop=max_drop, direct=direct,
+        steps=steps, fresh=fresh, held_out=held_out, least_rows=least_rows, max_drop=max_drop,
+        lower_is_better=lower_is_better, direct=direct,
         **({} if rollout is None else _rollout(rollout)),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -149,28 +165,19 @@ def learn(
         while True:
             ended: Round | None = None
             try:
-                ended = learner.once()
+                ended = learner.once(output, overwrite=overwrite)
             except LeptonError as error:
                 if once:
                     raise
                 click.echo(f"leptonx: {first_line(error)}", err=True)
-            if ended is not None and ended.phase == "kept" and output is not None:
-                learner.keep(output, overwrite=overwrite)
             if ended is not None:
                 _tell(ended, learner, as_json=as_json, output=output)
             if figure is not None and plot is not None:
                 _draw(figure, plot, learner)
             if once:
                 break
-            step(f"wait {every or '10m'}")
+            step(f"wait {every or _EVERY}")
             time.sleep(seconds)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if found is None or not float(found[1]):
-        raise click.BadParameter(f"{text!r} is no time such as 30s, 10m or 2h", param_hint="--every")
-    return float(found[1]) * _UNITS[found[2]]
 
 
 def _name_of(base: str) -> str:
@@ -184,11 +191,14 @@ def _rollout(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LearningError(f"{path} cannot be read: {first_line(error)}") from error
     known = ("stages", "rollback", "promote")
     if not isinstance(found, dict) or not set(found) <= set(known):
         raise LearningError(f"{path}: expected an object with {', '.join(known)}")
+    for name, value in found.items():
+        if not isinstance(value, list):
+            raise LearningError(f"{path}: {name} = {value!r:.80}; expected a list")
     return {name: tuple(value) for name, value in found.items()}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lepton_xla.cli import _common, _repositories, _traffic
-from lepton_xla.errors import RepositoryError
+from lepton_xla.errors import RepositoryError, first_line
 
 if TYPE_CHECKING:
     from lepton_xla.serve.client.repository import RepositoryClient
@@ -87,8 +87,8 @@ def _read(path: str) -> dict[str, Any]:
         return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RepositoryError("invalid", f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RepositoryError("invalid", f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # tomllib raises these too
+        raise RepositoryError("invalid", f"{path}: {first_line(error)}") from error
 
 
 def _stage(text: str) -> dict[str, Any]:

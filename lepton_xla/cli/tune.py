@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,17 +36,6 @@ def _latencies(context: click.Context, option: click.Parameter, value: str | Non
     return tuple(found) if len(found) > 1 else found[0]
 
 
-def _operations(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    """Read a number of operations: k, M, G and T are powers of 1000."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)", value.strip(), re.IGNORECASE)
-    count = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found is not None else 0
-    if count < 1:
-        raise click.BadParameter(f"{value!r}: expected multiply-adds, such as 800000 or 2.5M", context, option)
-    return count
-
-
 @click.command()
 @click.argument("target")
 @click.option(
@@ -72,7 +60,7 @@ def _operations(context: click.Context, option: click.Parameter, value: str | No
 @click.option(
     "--max-operations",
     metavar="N",
-    callback=_operations,
+    callback=_common.parse_operations,
     help="Multiply-adds of a call at the smallest buckets, by weights that are not zero, such as 500k or 2.5M.",
 )
 @click.option(

@@ -20,6 +20,7 @@ import tensorstore as ts
 
 from lepton_xla.compiler.exchange import exchange
 from lepton_xla.errors import ArtifactError
+from lepton_xla.files.copies import replace_file
 from lepton_xla.files.folders import flush, flush_tree, held, remove_abandoned
 from lepton_xla.files.listing import MANIFEST, FileEntry
 from lepton_xla.pieces import piece_bytes, rest, sha256
@@ -145,7 +146,9 @@ class Store:
         """
         try:
             if self._root is not None:
-                _write_whole(os.path.join(self._root, name), data)
+                file = pathlib.Path(self._root, name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(file, data)
             else:
                 self._kv.write(name, data).result()
         except Exception as error:
@@ -275,22 +278,6 @@ def consistently[T](location: str | os.PathLike[str], read: Callable[[Store], T]
             if not store.is_replaced:
                 raise
     return read(Store(location))
-
-
-def _write_whole(file: str, data: bytes) -> None:
-    """Create or replace a file atomically, and flush it to the disk."""
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    temporary = f"{file}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def _said(error: BaseException) -> str:

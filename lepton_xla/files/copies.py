@@ -113,7 +113,13 @@ def read_text(file: pathlib.Path) -> str | None:
 
 
 def write_whole(file: pathlib.Path, data: bytes) -> None:
-    """Create or replace a file atomically, and flush it to the disk."""
+    """Create or replace a file atomically, and flush it and its folder to the disk."""
+    replace_file(file, data)
+    flush(file.parent)
+
+
+def replace_file(file: pathlib.Path, data: bytes) -> None:
+    """Create or replace a file atomically, and flush it to the disk; after a crash its folder may know the old one."""
     temporary = file.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with open(temporary, "xb") as opened:
@@ -121,7 +127,6 @@ def write_whole(file: pathlib.Path, data: bytes) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(temporary, file)
-        flush(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from lepton_xla.errors import LearningError
 from lepton_xla.evaluation.intervals import sign_test
 from lepton_xla.generation.rows import text_of_tokens
 from lepton_xla.modelspec import Predict, figures_of
+
+# A metric with such a word in its name is better when it is smaller.
+_LOSSES = ("loss", "error", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ def judge(
     *,
     max_drop: float = 0.02,
     confidence: float = 0.95,
+    lower_is_better: Collection[str] = (),
 ) -> Verdict:
     """Compare a new version with the one that serves.
 
@@ -57,13 +61,15 @@ def judge(
         inputs: name -> array `[rows, ...]`, of samples that were not trained on.
         labels: the right class of each row, `[rows]`.
         output: name of the output whose largest element is the answer.
-        evaluate: metrics on old data. Those whose names hold `loss` or `error` are better when they are smaller.
+        evaluate: metrics on old data.
         max_drop: how far a metric on old data may get worse.
         confidence: the new version must be right more often with so much confidence, by a one-sided sign test on the
             rows that only one of them gets right (McNemar 1947).
+        lower_is_better: metrics that are better when they are smaller, beside those whose names hold `loss`, `error` or
+            `perplexity`.
 
     Raises:
-        LearningError: if the old metrics are no numbers.
+        LearningError: if the old metrics are no numbers, or there is none of a name that is given.
 
     >>> x, labels = np.eye(4, dtype=np.float32)[[0, 1, 2, 3] * 5], np.array([0, 1, 2, 3] * 5)
     >>> verdict = judge(
@@ -73,7 +79,7 @@ def judge(
     (True, 0.0, 1.0)
     """
     right = [classes_of(np.asarray(predict(**inputs)[output])) == labels for predict in (before, after)]
-    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence)
+    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence, lower_is_better)
 
 
 def judge_replies(
@@ -85,6 +91,7 @@ def judge_replies(
     *,
     max_drop: float = 0.02,
     confidence: float = 0.95,
+    lower_is_better: Collection[str] = (),
 ) -> Verdict:
     """As `judge`, of models that generate: right is the whole reply, greedily.
 
@@ -93,13 +100,13 @@ def judge_replies(
         prompts: tokens of prompts that were not trained on.
         replies: their right replies.
         evaluate: metrics on old data, by the tokens that follow prompts: it gets the models as they are called.
-        max_drop, confidence: as of `judge`.
+        max_drop, confidence, lower_is_better: as of `judge`.
     """
     right = [
         np.array([text == reply for text, reply in zip(replied(each, prompts), replies, strict=True)], bool)
         for each in (before, after)
     ]
-    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence)
+    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence, lower_is_better)
 
 
 def replied(model: Servable, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -122,7 +129,11 @@ def text_of(model: Servable, tokens: Sequence[int]) -> str:
 
 
 def _verdict(
-    right: Sequence[np.ndarray], figures: Sequence[Mapping[str, float]], max_drop: float, confidence: float
+    right: Sequence[np.ndarray],
+    figures: Sequence[Mapping[str, float]],
+    max_drop: float,
+    confidence: float,
+    lower_is_better: Collection[str],
 ) -> Verdict:
     """What follows from which rows two versions get right, and from their metrics on old data."""
     gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
@@ -130,7 +141,10 @@ def _verdict(
     old_before, old = (figures_of(each, LearningError) for each in figures)
     accuracies = [float(each.mean()) if len(each) else math.nan for each in right]
     rows = len(right[0])
-    fallen = _fallen(old_before, old, max_drop)
+    for name in lower_is_better:
+        if name not in old_before:
+            raise LearningError(f"lower_is_better names {name!r}; the metrics on old data are {', '.join(old_before)}")
+    fallen = _fallen(old_before, old, max_drop, lower_is_better)
     if fallen:
         reason = f"on old data {fallen}"
     elif chance > 1 - confidence:
@@ -144,12 +158,14 @@ def _verdict(
     return Verdict(better, reason, rows, accuracies[0], accuracies[1], chance, old_before, old)
 
 
-def _fallen(before: Mapping[str, float], after: Mapping[str, float], max_drop: float) -> str:
+def _fallen(
+    before: Mapping[str, float], after: Mapping[str, float], max_drop: float, lower_is_better: Collection[str]
+) -> str:
     """The first metric that got too much worse, as text; NaN is worse than anything."""
     for name, value in before.items():
         now = after.get(name, math.nan)
-        smaller_is_better = any(word in name.lower() for word in ("loss", "error"))
-        drop = now - value if smaller_is_better else value - now
+        is_loss = name in lower_is_better or any(word in name.lower() for word in _LOSSES)
+        drop = now - value if is_loss else value - now
         if math.isnan(now) or drop > max_drop + 1e-9:
             return f"{name} goes from {value:.4g} to {now:.4g}, and may get worse by {max_drop:g}"
     return ""

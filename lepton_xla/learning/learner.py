@@ -73,8 +73,7 @@ class Learner:
     >>> spec = lx.train.TrainSpec(program, [batch], steps=20, optimizer=optax.sgd(0.5))
     >>> learner = Learner(spec, "tiny.lepton", samples="kept", folder="learning")
     >>> try:
-    ...     ended = learner.once()
-    ...     learner.keep("better.lepton")
+    ...     ended = learner.once("better.lepton")
     ... except lx.SampleError:
     ...     print("nobody has sent requests yet")
     nobody has sent requests yet
@@ -131,14 +130,6 @@ class Learner:
         """The rounds that ended."""
         return self._rounds.history()
 
-    def keep(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Save the artifact of the last round, if it ended as `kept`.
-
-        Raises:
-            ArtifactError: if it cannot be written.
-        """
-        make_update(self._base, self._rounds.work / "update.lepton").save(output, overwrite=overwrite)
-
     def tracked(self, windows: int = 24) -> list[Window]:
         """Accuracy of what was answered, over the time of the samples. See `accuracy_over_time`."""
         try:
@@ -153,8 +144,12 @@ class Learner:
             return None
         return text_of(self._base, reply[0].tolist()) == sample.reply
 
-    def once(self) -> Round:
+    def once(self, output: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Round:
         """Go on with the round that was interrupted, or make one, to its end.
+
+        Args:
+            output: where to save what is better, if there is no server to push it to; None saves it nowhere.
+            overwrite: whether an artifact that is there is replaced.
 
         Returns:
             The round. Its phase says how it ended: `promoted`, `rolled back`, `stopped`, `refused` (not better), or
@@ -165,6 +160,7 @@ class Learner:
             LearningError: if there are too few, they do not fit, or the server does not load the result.
             RequestError: if the server cannot be reached, or refuses. The next call goes on.
             TrainingError: if training fails; the round is forgotten.
+            ArtifactError: if the result cannot be saved. The next call goes on.
         """
         with self._rounds.locked() as rounds:
             current = rounds.current
@@ -176,7 +172,7 @@ class Learner:
             if current.phase == "train":
                 current = self._train(rounds, current)
             if current.phase == "judge":
-                current = self._judge(rounds, current)
+                current = self._judge(rounds, current, output, overwrite)
             if current.phase == "push":
                 current = self._send(rounds, current)
             if current.phase == "rollout":
@@ -200,19 +196,14 @@ class Learner:
 
     def _begin(self, rounds: Rounds) -> Round:
         self._tell("read samples")
-        rows, kept, notes = self._read()
-        train, judges = rows.split(self._plan.held_out)
+        train, judges, kept, notes = self._split()
         before = [each for each in rounds.history() if each.rows]
         new = len(train) if not before else self._count_since(kept, before[-1].newest_s)
         least = self._plan.least_rows
-        why = f" (left out: {rows.foreign}, such as {rows.why})" if rows.foreign else ""
-        if len(train) < least or len(judges) < self._plan.least_held_out:
-            raise LearningError(
-                f"{len(train)} labelled rows to train on and {len(judges)} to judge by are too few; expected {least} "
-                f"and {self._plan.least_held_out}{why}"
-            )
         if new < least:
-            raise LearningError(f"{new} labelled rows are new since round {before[-1].number}; expected {least}{why}")
+            raise LearningError(
+                f"{new} labelled rows are new since round {before[-1].number}; expected {least}{_left_out(train)}"
+            )
         return rounds.save(
             Round(
                 number=rounds.next_number, began_s=time(), rows=len(train), held_out=len(judges),
@@ -220,6 +211,21 @@ class Learner:
                 notes=notes,
             )
         )  # fmt: skip
+
+    def _split(self) -> tuple[Labelled, Labelled, list[Sample], tuple[str, ...]]:
+        """Rows to train on and to judge by, their samples, and notes.
+
+        Looked at in each step: those of a round that was interrupted for long may be gone meanwhile.
+        """
+        rows, kept, notes = self._read()
+        train, judges = rows.split(self._plan.held_out)
+        least, least_held_out = self._plan.least_rows, self._plan.least_held_out
+        if len(train) < least or len(judges) < least_held_out:
+            raise LearningError(
+                f"{len(train)} labelled rows to train on and {len(judges)} to judge by are too few; expected {least} "
+                f"and {least_held_out}{_left_out(rows)}"
+            )
+        return train, judges, kept, notes
 
     def _read(self) -> tuple[Labelled, list[Sample], tuple[str, ...]]:
         found = Samples(self._samples, self.model)
@@ -273,8 +279,7 @@ class Learner:
 
     def _train(self, rounds: Rounds, current: Round) -> Round:
         self._tell("train")
-        rows, _, _ = self._read()
-        train, _ = rows.split(self._plan.held_out)
+        train, *_ = self._split()
         old, steps = self._old_data(), self._plan.steps or self._spec.steps
         model = self._model(rounds)
         mixture = Mixture(old, self._examples(old, train), self._plan.fresh, self._plan.seed + current.number)
@@ -362,10 +367,9 @@ class Learner:
         # Weights that nothing reads are not kept.
         return _with_weights(model, {**own, **master})
 
-    def _judge(self, rounds: Rounds, current: Round) -> Round:
+    def _judge(self, rounds: Rounds, current: Round, output: str | os.PathLike[str] | None, overwrite: bool) -> Round:
         self._tell("judge")
-        rows, _, _ = self._read()
-        _, judges = rows.split(self._plan.held_out)
+        _, judges, *_ = self._split()
         before: Servable = load(rounds.serving, base=self._base) if rounds.serving.exists() else self._base
         after = load(rounds.work / "update.lepton", base=self._base)
         given, old = self._spec.evaluate, self._old_data()
@@ -374,7 +378,9 @@ class Learner:
         def on_old_data(predict: Any) -> Mapping[str, float]:
             return {"accuracy": old.accuracy(predict, self._output)} if evaluate is None else evaluate(predict)
 
-        limits = {"max_drop": self._plan.max_drop, "confidence": self._plan.confidence}
+        limits: dict[str, Any] = {
+            name: getattr(self._plan, name) for name in ("max_drop", "confidence", "lower_is_better")
+        }
         if self._generates:
             verdict = judge_replies(before, after, _prompts(judges), judges.labels.tolist(), on_old_data, **limits)
         else:
@@ -383,6 +389,10 @@ class Learner:
         if not verdict.better:
             return rounds.end(current, "refused", verdict.reason)
         if self._push is None:
+            if output is not None:  # before the round ends, so that a kill does not lose it
+                make_update(self._base, rounds.work / "update.lepton").save(output, overwrite=overwrite)
+                if self._key is not None:
+                    sign(output, key=self._key)
             return rounds.end(current, "kept", verdict.reason)
         return rounds.change(current, phase="push", version=self._free_version(rounds))
 
@@ -421,6 +431,10 @@ class Learner:
         if rollout["state"] == "rolled back":
             self._push.remove(current.version)
         return rounds.end(current, rollout["state"], rollout["reason"])
+
+
+def _left_out(rows: Labelled) -> str:
+    return f" (left out: {rows.foreign}, such as {rows.why})" if rows.foreign else ""
 
 
 def _check_generator(spec: TrainSpec) -> None:

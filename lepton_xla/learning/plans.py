@@ -8,7 +8,11 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from lepton_xla.errors import LearningError
+import msgspec
+
+from lepton_xla.errors import LearningError, ServeError, first_line
+from lepton_xla.serve.monitor.comparisons import parse_comparison
+from lepton_xla.serve.protocol.traffic import RolloutRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +28,9 @@ class LearningPlan:
         most_rows: labelled rows that are read, the latest.
         old_rows: rows of old data that are kept to mix in; a fifth of them judges, if the `TrainSpec` has no
             evaluation.
-        max_drop: how far a metric on old data may fall.
+        max_drop: how far a metric on old data may get worse.
+        lower_is_better: metrics on old data that are better when they are smaller, beside those whose names hold
+            `loss`, `error` or `perplexity`.
         confidence: how sure it must be that the new version is right more often on the samples held out.
         seed: of the order of rows.
         direct: whether a version is promoted as soon as it is loaded, without a rollout.
@@ -32,7 +38,7 @@ class LearningPlan:
         rollout_s: how long a rollout may take.
 
     Raises:
-        LearningError: for a value out of range.
+        LearningError: for a value out of range, or a rollout that no server carries out.
 
     >>> from lepton_xla.learning import LearningPlan
     >>> LearningPlan(fresh=2.0)
@@ -48,6 +54,7 @@ class LearningPlan:
     most_rows: int = 50_000
     old_rows: int = 10_000
     max_drop: float = 0.02
+    lower_is_better: tuple[str, ...] = ()
     confidence: float = 0.95
     seed: int = 0
     direct: bool = False
@@ -78,6 +85,16 @@ class LearningPlan:
             value = getattr(self, field.name)
             if _is_whole(value) or _is_number(value):
                 object.__setattr__(self, field.name, int(value) if _is_whole(value) else float(value))
+        self._check_rollout()
+
+    def _check_rollout(self) -> None:
+        """What a server would refuse, it would refuse after all of the training."""
+        try:
+            asked = msgspec.convert(self.rollout("1"), RolloutRequest)
+            for rule in (*asked.rollback, *asked.promote):
+                parse_comparison(rule)
+        except (msgspec.ValidationError, ServeError) as error:
+            raise LearningError(f"learning: the rollout cannot be asked for: {first_line(error)}") from error
 
     def rollout(self, version: str) -> dict[str, Any]:
         """The rollout to ask the server for.

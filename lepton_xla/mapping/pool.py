@@ -99,9 +99,14 @@ class _Pool:
         with self._lock:
             if self._over.is_set():
                 return 0, True
-            process = subprocess.Popen(  # noqa: S603 (our own command)
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
-            )
+            try:
+                process = subprocess.Popen(  # noqa: S603 (our own command)
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+                )
+            except OSError as error:  # out of processes, descriptors or memory
+                self.error = self.error or ExecutionError(f"a worker process cannot be started: {error.strerror}")
+                self._over.set()
+                return 0, True
             self._running.add(process)
         part = None
         is_ready = False

@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from lepton_xla.errors import InputError, LeptonError
+from lepton_xla.files.copies import write_whole
 from lepton_xla.files.folders import held
 from lepton_xla.mapping.columns import check_rows, columns_of
 from lepton_xla.mapping.sources import Part, arrow, kind_of, open_source
@@ -182,7 +183,10 @@ def begun(output: str, plan: Plan, *, restart: bool = False) -> Generator[Work, 
     with held(folder) as is_free:
         if not is_free:
             raise LeptonError(f"{output}: another run works on it")
-        _settle(folder, plan, output, restart)
+        try:
+            _settle(folder, plan, output, restart)
+        except OSError as error:
+            raise LeptonError(f"{folder}: cannot be read or written: {error.strerror or error}") from error
         yield Work(folder, plan)
 
 
@@ -201,8 +205,6 @@ def _settle(folder: pathlib.Path, plan: Plan, output: str, restart: bool) -> Non
             "removes them"
         )
     for entry in folder.iterdir():
-        if restart or entry.name.endswith(".tmp"):
+        if restart or entry.name.endswith((".tmp", ".part")):
             entry.unlink()
-    temporary = folder / ".plan.tmp"
-    temporary.write_bytes(msgspec.json.encode(plan))
-    os.replace(temporary, file)
+    write_whole(file, msgspec.json.encode(plan))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lepton_xla.environment.extras import Needs
-from lepton_xla.errors import TrustError
+from lepton_xla.errors import TrustError, first_line
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -183,8 +183,8 @@ def _not_before_s(data: bytes, name: str) -> float | None:
     """The time in a policy."""
     try:
         policy = tomllib.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise TrustError(f"{name}: is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # tomllib raises these too
+        raise TrustError(f"{name}: is not TOML: {first_line(error)}") from error
     unknown = sorted(set(policy) - {"not_before"})
     if unknown:
         raise TrustError(f"{name}: unknown key {unknown[0]!r:.100}; the key is not_before")

@@ -29,6 +29,9 @@ from lepton_xla.sharding.topologies import device_count, topology_devices
 
 # Requests that are simulated, of which the first tenth is not looked at, and the most replicas that are tried.
 _REQUESTS, _MOST_REPLICAS = 20_000, 1 << 14
+# Rows of a call, of which the simulation knows each number; and what prices, times and rates are within.
+_MOST_ROWS, _LEAST, _MOST = 1 << 20, 1e-6, 1e12
+_EXPECTED = f"expected a number from {_LEAST:g} to {_MOST:g}"
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 CPU = "cpu"
 _NO_TIMES = "XLA's compiler for CPUs predicts no times"
@@ -95,15 +98,18 @@ class Prices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Read TOML.
 
         Raises:
-            TuningError: if it is no such file, or a price or time is not above 0.
+            TuningError: if it is no such file, or a price, a time or a number of rows is none.
         """
         try:
             found = msgspec.convert(tomllib.loads(text.removeprefix("\ufeff")), Prices)
-        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-            raise TuningError(f"{where}: {error}") from error
+        except (msgspec.ValidationError, ValueError, RecursionError) as error:  # tomllib raises these too
+            raise TuningError(f"{where}: {first_line(error)}") from error
         for name, value in [*found.per_hour.items(), *((each.target, each.us) for each in found.measured)]:
-            if not (value > 0 and math.isfinite(value)):
-                raise TuningError(f"{where}: {name} has {value}; expected a number above 0")
+            if not _LEAST <= value <= _MOST:
+                raise TuningError(f"{where}: {name} has {value}; {_EXPECTED}")
+        for each in found.measured:
+            if not 1 <= each.rows <= _MOST_ROWS:
+                raise TuningError(f"{where}: {each.target} has rows = {each.rows}; expected 1 to {_MOST_ROWS:,}")
         return found
 
     @staticmethod
@@ -183,15 +189,15 @@ def deploy(
         seed: of the simulated arrivals.
 
     Raises:
-        TuningError: if a target has no price, or the rate is no number above 0.
+        TuningError: if a target has no price, or the rate is none.
 
     >>> found = deploy({"float": {1: 1e3, 8: 2e3}}, lambda target, recipe: {}, targets=["cpu"], rate=1500,
     ...                prices=Prices({"cpu": 0.36}), slo=Slo(0.99, 0.02)).found[0]
     >>> found.recipe, found.buckets, found.replicas, found.source, round(found.per_million, 3)
     ('float', (1, 8), 1, 'measured', 0.067)
     """
-    if not (rate > 0 and math.isfinite(rate)):
-        raise TuningError(f"rate = {rate}: expected a number of requests a second above 0")
+    if not _LEAST <= rate <= _MOST:
+        raise TuningError(f"rate = {rate}, requests a second: {_EXPECTED}")
     without = [target for target in targets if target not in prices.per_hour]
     if without or not targets:
         priced = ", ".join(prices.per_hour) or "nothing"

@@ -32,10 +32,31 @@ def test_numbers_of_bytes(text, count):
     assert _common.parse_bytes(click.Context(click.Command("serve")), option, text) == count
 
 
-@pytest.mark.parametrize("text", ["0", "0.5", "2 apples", "-1", "1e6", "1XB", "MB", ""])
+@pytest.mark.parametrize("text", ["0", "0.5", "2 apples", "-1", "1e6", "1XB", "MB", "", "9" * 400, "9" * 5000,
+                                  "99999999999T", "٣"])  # fmt: skip
 def test_what_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(click.BadParameter, match=f"{text!r}: expected bytes, such as 800000, 2MB or 4GiB"):
         _common.parse_bytes(click.Context(click.Command("serve")), click.Option(["--memory"]), text)
+
+
+@pytest.mark.parametrize("text", ["0", "1e6", "2.5X", "-1", "", "9" * 400, "99999999999T"])
+def test_what_is_no_number_of_operations_is_refused(text):
+    with pytest.raises(click.BadParameter, match=f"{text!r}: expected multiply-adds"):
+        _common.parse_operations(click.Context(click.Command("tune")), click.Option(["--max-operations"]), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("10s", 10.0), ("2 m", 120.0), ("1.5h", 5400.0), ("7d", 604_800.0), ("3", 3.0)],
+)
+def test_durations(text, seconds):
+    assert _common.duration(text, "--wait") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1s", "1e3s", "10 apples", "nan", "2y", "400d", "9" * 400 + "s"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(click.UsageError, match=f"--wait {text!r}: expected a duration such as 10s, 2m or 1h"):
+        _common.duration(text, "--wait")
 
 
 def test_buckets_ascend_without_repeats():

@@ -60,6 +60,7 @@ def test_rounds_one_after_another_outlive_errors(bases, sampled, tmp_path):
     command = [
         sys.executable, "-m", "lepton_xla", "learn", TARGET, "--samples", sampled.folder, "--base", bases["int8"],
         "--folder", tmp_path / "learning", "--steps", "100", "--loop", "--every", "0.2s", "--json",
+        "-o", tmp_path / "better.lepton", "--overwrite",
     ]  # fmt: skip
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -81,17 +82,36 @@ def test_rounds_one_after_another_outlive_errors(bases, sampled, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ([], "there are no samples of this model"),
+        (["-o", "x.lepton"], "there are no samples of this model"),
+        ([], "give --server to push the result, or --output"),
         (["--every", "10m"], "--every is for rounds one after another"),
-        (["--loop", "--every", "soon"], "'soon' is no time such as 30s, 10m or 2h"),
-        (["--direct"], "--direct without --server changes nothing"),
+        (["--loop", "-o", "x.lepton"], "--loop writes --output once a round; give --overwrite too"),
+        (["--loop", "--every", "soon"], "--every 'soon': expected a duration such as 10s, 2m or 1h"),
+        (["--loop", "--every", "0s"], "--every 0s: leave some time between rounds"),
+        (["--direct", "-o", "x.lepton"], "--direct without --server changes nothing"),
         (["--server", "http://127.0.0.1:9", "-o", "x.lepton"], "give --server to push the result, or --output"),
-        (["--fresh", "2"], "fresh = 2.0; expected above 0 and at most 1"),
-        (["--held-out", "0"], "held_out = 0.0; expected above 0"),
+        (["--fresh", "2", "-o", "x.lepton"], "fresh = 2.0; expected above 0 and at most 1"),
+        (["--held-out", "0", "-o", "x.lepton"], "held_out = 0.0; expected above 0"),
         (["--server", "http://127.0.0.1:9", "--rollout", "none.json"], "none.json cannot be read"),
         (["--server", "http://127.0.0.1:9"], "http://127.0.0.1:9: no answer after"),
-        (["--plot", "nowhere/plot.png"], "nowhere does not exist"),
+        (["--plot", "nowhere/plot.png", "-o", "x.lepton"], "nowhere does not exist"),
     ],
 )
 def test_bad_input_is_one_line(leptonx, more, words):
     assert words in leptonx(*more, code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "cannot be read: maximum recursion depth"),
+        ("[]", "expected an object with stages, rollback, promote"),
+        ('{"stages": 5}', "stages = 5; expected a list"),
+        ('{"stages": [{"share": 2}]}', "the rollout cannot be asked for: Expected `float` < 1.0 - at"),
+        ('{"rollback": ["sometimes"]}', "'sometimes' is no condition"),
+    ],
+)  # fmt: skip
+def test_a_rollout_that_no_server_would_take_is_refused_before_anything_is_trained(leptonx, tmp_path, text, words):
+    file = tmp_path / "rollout.json"
+    file.write_text(text)
+    assert words in leptonx("--server", "http://127.0.0.1:9", "--rollout", file, code=2)

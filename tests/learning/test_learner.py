@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lepton_xla as lx
-from lepton_xla.learning import Learner, LearningPlan
+from lepton_xla.learning import Learner, LearningPlan, judge
 from lepton_xla.learning.masters import read_master, write_master
 
 PLAN = LearningPlan(steps=100, least_rows=100, least_held_out=20)
@@ -80,9 +80,26 @@ def test_what_is_learned_is_signed(bases, sampled, tmp_path):
     given = (learning_model.spec(), bases["float"], sampled.folder, tmp_path / "learning")
     with pytest.raises(lx.TrustError):
         Learner(*given, plan=PLAN, key=public)
-    assert Learner(*given, plan=PLAN, key=key).once().phase == "kept"
-    update = tmp_path / "learning/blobs/round/update.lepton"
-    assert lx.load(update, trust=public, base=lx.load(bases["float"])).manifest.is_update
+    better = tmp_path / "better.lepton"
+    assert Learner(*given, plan=PLAN, key=key).once(better).phase == "kept"
+    for update in (better, tmp_path / "learning/blobs/round/update.lepton"):
+        assert lx.load(update, trust=public, base=lx.load(bases["float"])).manifest.is_update
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower", "rise_is_better"),
+    [("accuracy", (), True), ("val_Loss", (), False), ("perplexity", (), False), ("mae", (), True),
+     ("mae", ("mae",), False)],
+)  # fmt: skip
+def test_which_way_a_metric_on_old_data_gets_worse(metric, lower, rise_is_better):
+    x, labels = np.eye(4, dtype=np.float32)[[0, 1, 2, 3] * 5], np.array([0, 1, 2, 3] * 5)
+    wrong, right = (lambda x: {"y": -x}), (lambda x: {"y": x})
+    for after, is_better in ((3.0, rise_is_better), (1.0, not rise_is_better)):
+        figures = iter([{metric: 2.0}, {metric: after}])
+        verdict = judge(wrong, right, {"x": x}, labels, "y", lambda _, got=figures: next(got), lower_is_better=lower)
+        assert verdict.better == is_better, (metric, after)
+    with pytest.raises(lx.LearningError, match="lower_is_better names 'none'; the metrics on old data are"):
+        judge(wrong, right, {"x": x}, labels, "y", lambda _: {metric: 2.0}, lower_is_better=("none",))
 
 
 # Bad input.

@@ -213,7 +213,17 @@ def test_a_full_disk_stops_a_round_and_the_next_start_goes_on(bases, sampled, tm
         with pytest.raises(lx.LearningError, match=r"cannot be written: .*No space left on device"):
             learner.once()
     assert learner._rounds.current.phase == "train"
-    assert learner.once().phase == "kept"
+    # What retention has left of the samples is too little to go on, until there are more.
+    with monkeypatch.context() as patched:
+        patched.setattr(learner, "_plan", dataclasses.replace(PLAN, least_held_out=200))
+        with pytest.raises(lx.LearningError, match="to judge by are too few"):
+            learner.once()
+    # Nor is the result lost where it cannot be saved.
+    with pytest.raises(lx.ArtifactError, match="cannot be created"):
+        learner.once(tmp_path / "learning/blobs/split.key/better.lepton")
+    assert learner._rounds.current.phase == "judge"
+    assert learner.once(tmp_path / "better.lepton").phase == "kept"
+    assert lx.load(tmp_path / "better.lepton", base=lx.load(bases["float"])).manifest.is_update
 
 
 def test_the_weights_of_a_training_run_are_where_it_begins(bases, sampled, tmp_path):

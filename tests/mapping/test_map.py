@@ -1,5 +1,6 @@
 """`leptonx map`: results against NumPy, the same bytes whoever makes them or dies, and rows that do not fit."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -291,6 +292,20 @@ def test_one_run_at_a_time_works_on_an_output(artifact, rows, tmp_path):
     with held(folder) as is_free:
         assert is_free
         assert "another run works on it" in refused(artifact, tmp_path / "a.npz", tmp_path / "b.npz")
+
+
+def test_what_the_system_refuses_is_told_in_one_line(artifact, rows, tmp_path, monkeypatch):
+    write(tmp_path / "a.npz", rows)
+    (tmp_path / ".b.npz.parts/plan.json").mkdir(parents=True)
+    said = refused(artifact, tmp_path / "a.npz", tmp_path / "b.npz")
+    assert ".b.npz.parts: cannot be read or written: Is a directory" in said
+
+    def none(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(pool.subprocess, "Popen", none)
+    said = refused(artifact, tmp_path / "a.npz", tmp_path / "c.npz", "--processes", "2")
+    assert "a worker process cannot be started: Resource temporarily unavailable" in said
 
 
 def test_a_part_that_kills_every_process_is_named(artifact, rows, tmp_path, monkeypatch):

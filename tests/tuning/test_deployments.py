@@ -17,6 +17,7 @@ from lepton_xla.tuning.deployments import (
 )
 
 TIMES = {1: 1000.0, 8: 2000.0, 32: 5000.0}
+CALLS = '[per_hour]\ncpu = 1\n[[measured]]\ntarget = "cpu"\nrecipe = "float"\nrows = {rows}\nus = {us}'
 
 
 def test_without_batches_the_queue_is_pollaczek_and_khinchines():
@@ -83,8 +84,9 @@ def test_a_limit_that_a_call_alone_breaks_is_told():
     [
         ({"targets": ["v5e:1x1"]}, "there is no price of v5e:1x1; the prices are of cpu"),
         ({"targets": []}, "no price of no target"),
-        ({"rate": 0}, "rate = 0: expected"),
-        ({"rate": float("nan")}, "rate = nan: expected"),
+        ({"rate": 0}, "rate = 0, requests a second: expected"),
+        ({"rate": 1e-320}, "rate = 1e-320, requests a second: expected"),
+        ({"rate": float("nan")}, "rate = nan, requests a second: expected"),
     ],
 )
 def test_what_cannot_be_priced_is_refused(given, said):
@@ -109,6 +111,12 @@ def test_limits_that_are_none(text):
         ("per_hour = 3", "f: Expected `object`"),
         ("[per_hour]\ncpu = 1\n[other]", "unknown field `other`"),
         ("= 3", "f: Invalid"),
+        ("[per_hour]\ncpu = nan", "f: cpu has nan"),
+        ("[per_hour]\ncpu = 1e-300", "f: cpu has 1e-300"),
+        (CALLS.format(rows=0, us=1.0), "f: cpu has rows = 0; expected 1 to 1,048,576"),
+        (CALLS.format(rows=10**12, us=1.0), "f: cpu has rows = 1000000000000"),
+        (CALLS.format(rows=1, us="inf"), "f: cpu has inf"),
+        (CALLS.format(rows=1.5, us=1.0), "f: Expected `int`, got `float`"),
     ],
 )
 def test_prices_that_are_none(text, said):

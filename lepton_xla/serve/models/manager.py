@@ -189,6 +189,8 @@ class Manager:
         try:
             found = await asyncio.to_thread(self._repository.find, name)
         except RepositoryError as error:
+            if error.kind == "failed":  # a store that is away says nothing about what it has
+                raise
             raise RepositoryError(error.kind, "the repository has no model of that name") from error
         if found.problem:
             raise RepositoryError("invalid", found.problem)

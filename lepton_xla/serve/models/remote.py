@@ -66,11 +66,19 @@ class RemoteRepository(Repository):
             RepositoryError: kind `failed`, if the store cannot be reached, or nothing is there: an address that is
                 wrong must not look like a repository from which all models were removed.
         """
-        found = {name: self._fetched(name) for name in self._model_names()}
-        self.root.mkdir(parents=True, exist_ok=True)
-        for name in os.listdir(self.root):
-            if name not in found and not name.startswith("."):
-                shutil.rmtree(self.root / name, ignore_errors=True)
+        names = self._model_names()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for name in os.listdir(self.root):
+                if name not in names and not name.startswith("."):
+                    shutil.rmtree(self.root / name, ignore_errors=True)
+        except OSError as error:
+            raise RepositoryError(
+                "failed",
+                f"{self.root}: the copy of {self.location} cannot be kept there: {error.strerror or error}; "
+                "LEPTON_CACHE names another folder",
+            ) from error
+        found = {name: self._fetched(name) for name in names}
         return {name: each for name, each in found.items() if each is not None}
 
     def push(self, artifact: str | os.PathLike[str], name: str, version: str | None = None) -> str:
@@ -225,13 +233,16 @@ class RemoteRepository(Repository):
                     base = base_of(listing, self._listings(found), f"version {version} of model {name!r}")
                     needed.add(base)
                     self._fetch(name, base, *self._manifest(name, base))
-            except (RepositoryError, ArtifactError) as error:
+            except (RepositoryError, ArtifactError, OSError) as error:
                 problem = problem or f"version {version} cannot be fetched: {error}"
         local = Repository(self.root)
         there = local._look(name)  # the same class
-        for version in () if there is None or problem else there.versions:
-            if version not in needed:
-                local._delete(name, version)
+        try:
+            for version in () if there is None or problem else there.versions:
+                if version not in needed:
+                    local._delete(name, version)
+        except OSError as error:
+            problem = f"what is not wanted cannot be removed from the copy: {error.strerror or error}"
         stamps = {} if there is None else {version: there.stamps[version] for version in needed & set(there.stamps)}
         return Found(name, found.versions, found.settings, problem, stamps, found.ignored, found.plan)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from lepton_xla.errors import ServeError
+from lepton_xla.errors import ServeError, first_line
 
 type Operator = Literal["<", "<=", ">", ">="]
 
@@ -195,8 +195,8 @@ class Rules:
         """
         try:
             table = tomllib.loads(text.removeprefix("\ufeff"))
-        except tomllib.TOMLDecodeError as error:
-            raise ServeError(f"{name}: {error}") from None
+        except (ValueError, RecursionError) as error:  # tomllib raises these too
+            raise ServeError(f"{name}: {first_line(error)}") from None
         unknown = sorted(set(table) - {"rule", "webhook"})
         if unknown:
             raise ServeError(f"{name}: unknown key {unknown[0]!r}; the keys are [[rule]] and [[webhook]]")
@@ -269,7 +269,7 @@ def _window(text: str, name: str, quantity: Quantity, number: str | None, unit: 
         return _duration(text, number, unit)
     if unit:
         raise ServeError(f"{text!r}: {name} is looked at over a number of rows, not a time")
-    if not 1 <= int(number) <= 1_000_000:
+    if not 1 <= float(number) <= 1_000_000:
         raise ServeError(f"{text!r}: the number of rows must be 1 to 1000000")
     return float(number)
 

@@ -17,6 +17,7 @@ from time import monotonic, sleep, time
 import msgspec
 
 from lepton_xla.errors import SampleError
+from lepton_xla.files.copies import write_whole
 from lepton_xla.generation.rows import REPLY
 from lepton_xla.samples import Kept, LabelHead, SampleHead, record
 from lepton_xla.serve.monitor.sampling import Sampling
@@ -274,7 +275,7 @@ class SampleWriter:
         self._gathered[name] = []
         with contextlib.suppress(OSError):
             (self._folder / name).mkdir(mode=0o700, exist_ok=True)
-            (self._folder / name / _BOUNDS).write_bytes(msgspec.json.encode(sampling))
+            write_whole(self._folder / name / _BOUNDS, msgspec.json.encode(sampling))
 
     def _tidy(self) -> None:
         """Removes samples that are too old or too many, those of models that are not served any more too."""

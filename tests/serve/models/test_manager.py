@@ -31,6 +31,8 @@ class Shelf:
         return dict(self.models)
 
     def find(self, name):
+        if self.trouble:
+            raise RepositoryError("failed", self.trouble)
         if name not in self.models:
             raise RepositoryError("missing", f"MODELS: there is no model {name!r}")
         return self.models[name]
@@ -290,6 +292,10 @@ def test_explicit_mode_loads_what_is_asked_for_and_nothing_else():
         run.shelf.models["empty"] = found("empty")
         with pytest.raises(RepositoryError, match="no version"):
             await run.manager.load("empty")
+        run.shelf.trouble = "the store is away"
+        with pytest.raises(RepositoryError, match="the store is away"):
+            await run.manager.load("nobody")
+        run.shelf.trouble = None
         with pytest.raises(RepositoryError, match="there is no model 'nobody'"):
             await Manager(run.shelf, run.works, explicit=True).start(["nobody"])
 

@@ -207,6 +207,21 @@ def test_a_store_that_cannot_be_reached_changes_nothing_of_the_copy(repository, 
     assert list(Repository(repository.root).scan()["m"].versions) == ["1"]
 
 
+def test_a_copy_that_cannot_be_kept_is_told(url, repository, artifact, tmp_path, monkeypatch):
+    """A server of a repository that raised anything else would not look at it again."""
+    repository.push(artifact, "m")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RepositoryError, match="file/copy: the copy of memory://bucket/models cannot be kept there: Not a"
+    ) as caught:
+        RemoteRepository(url, tmp_path / "file/copy").scan()
+    assert caught.value.kind == "failed"
+    repository.scan()
+    repository.push(artifact, "m")
+    monkeypatch.setattr(Repository, "_delete", lambda *_: os.rmdir(tmp_path))
+    assert "what is not wanted cannot be removed from the copy: Directory not empty" in repository.scan()["m"].problem
+
+
 def test_a_model_that_is_gone_goes_from_the_copy(repository, artifact):
     repository.push(artifact, "m")
     repository.push(artifact, "other")
