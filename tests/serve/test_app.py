@@ -194,6 +194,27 @@ def test_infer_in_json(server, path):
         np.testing.assert_array_equal(outputs[name], expected)
 
 
+IDS = [None, "", "a", "b", "é", "a b", '"\\', "/", "x" * 64, "y" * 64, "z" * 65, '"}', "\x7f", "😀", "aé", None]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_requests_that_differ_in_their_ids_get_their_own_ids_and_answers(server, rows):
+    for number, name in enumerate(IDS * 2):
+        x, n = np.full((rows, 4), number, np.float32), np.arange(rows)
+        body, fields = affine_binary(x, n)
+        size = int(fields["Inference-Header-Content-Length"])
+        head = json.loads(body[:size])
+        head = json.dumps(head if name is None else {"id": name, **head}, ensure_ascii=number % 2 == 0).encode()
+        fields |= {"Inference-Header-Content-Length": str(len(head))}
+        status, headers, answer = exchange(server, "POST", INFER, head + body[size:], fields)
+        assert status == 200, answer
+        said = json.loads(answer[: int(headers["inference-header-content-length"])])
+        assert (said.get("id"), said["model_version"]) == (name, "3")
+        outputs = read_outputs(headers, answer)
+        for output, expected in affine_reference(x, n).items():
+            np.testing.assert_array_equal(outputs[output], expected)
+
+
 def test_infer_in_binary_of_every_size_up_to_three_batches(server):
     rng = np.random.default_rng(0)
     for rows in range(1, 25):

@@ -44,6 +44,10 @@ _log = logging.getLogger("lepton_xla.serve")
 # Smaller answers are not reserved: the objects of the request itself take as much, and are not counted either.
 _SMALL_ANSWER_BYTES = 1024
 
+# How the JSON part of an answer ends behind an id, and the longest ids by which header fields are kept.
+_AFTER_ID = b'"}'
+_LONGEST_ID = 64
+
 # Content types of a body that is a value of a model's only input, not a JSON document.
 _ONE_VALUE = (b"image/", b"text/plain")
 
@@ -74,19 +78,22 @@ class InferCall(Call, kw_only=True, eq=False):
         """Answers with the outputs."""
         spec, exchange = self.request.spec, self.exchange
         choice: Chosen | None = exchange.choice
+        response, body = spec.response, outputs
         if spec.id is not None:
             model = self.model
             if (monitor := model.monitor) is not None:
                 monitor.answered(spec.id, spec.outputs, outputs, 0.0 if choice is None else choice[0])
             if model.sampler is not None:
                 model.sampler.answered(self.request, outputs)
-        response = spec.response
+            response = spec.responses.get(len(spec.id))
+            if response is not None:
+                body = (spec.id.encode() + _AFTER_ID, *outputs)
         if response is not None and self.coding is None:
             # As `send`, without a call.
             if not exchange.answered:
                 now_s = monotonic()
                 self.model.metrics.answered(now_s - exchange.started_s, len(exchange.body), response.nbytes)
-                exchange.send(response, outputs, now_s)
+                exchange.send(response, body, now_s)
         else:
             try:
                 self.app.answer(self, outputs)
@@ -457,8 +464,11 @@ class App:
             extra = (*extra, f"Content-Encoding: {call.coding}", "Vary: Accept-Encoding")
             return respond(200, len(body), content_type, *extra), (body,)
         response = respond(200, body_bytes, content_type, *extra)
-        if spec.constant:
+        if spec.constant and spec.id is None:
             spec.response = Response(200, response.fields + head, response.nbytes)
+        elif spec.constant and len(spec.id) <= _LONGEST_ID and head.endswith(end := spec.id.encode() + _AFTER_ID):
+            # An id that JSON spells in another way ends otherwise.
+            spec.responses[len(spec.id)] = Response(200, response.fields + head.removesuffix(end), response.nbytes)
         return response, (head, *tail)
 
     def close(self) -> None:

@@ -100,6 +100,8 @@ class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
         priority: 0 is the default, 1 the highest, larger numbers are lower.
         named: whether an output is sent as names, whose lengths differ.
         response: header fields and JSON part that all its answers share, cached by the app with the first answer.
+        responses: number of bytes of an id -> the same up to the id, for all ids that are so long; shared by requests
+            that differ in their ids.
     """
 
     rows: int
@@ -116,6 +118,7 @@ class RequestSpec(msgspec.Struct, eq=False, kw_only=True):
     priority: int = 0
     named: bool = False
     response: Any = None
+    responses: dict[int, Any] = {}  # msgspec makes one for each
 
     @property
     def constant(self) -> bool:
@@ -281,7 +284,7 @@ class Decoder:
             if not head or b'"id"' in head or b"\\" in head:
                 return
             spec = copy.copy(spec)
-            spec.id = spec.response = None
+            spec.id = None
         if len(self._specs) >= _CACHED_HEADS:
             self._specs.clear()
         self._specs[head] = spec
