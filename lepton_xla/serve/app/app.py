@@ -464,11 +464,13 @@ class App:
             extra = (*extra, f"Content-Encoding: {call.coding}", "Vary: Accept-Encoding")
             return respond(200, len(body), content_type, *extra), (body,)
         response = respond(200, body_bytes, content_type, *extra)
-        if spec.constant and spec.id is None:
-            spec.response = Response(200, response.fields + head, response.nbytes)
-        elif spec.constant and len(spec.id) <= _LONGEST_ID and head.endswith(end := spec.id.encode() + _AFTER_ID):
-            # An id that JSON spells in another way ends otherwise.
-            spec.responses[len(spec.id)] = Response(200, response.fields + head.removesuffix(end), response.nbytes)
+        if spec.constant:
+            shared = response.fields + head
+            if spec.id is None:
+                spec.response = Response(200, shared, response.nbytes)
+            elif len(spec.id) <= _LONGEST_ID and head.endswith(end := spec.id.encode() + _AFTER_ID):
+                # An id that JSON spells in another way ends otherwise.
+                spec.responses[len(spec.id)] = Response(200, shared.removesuffix(end), response.nbytes)
         return response, (head, *tail)
 
     def close(self) -> None:
