@@ -53,12 +53,16 @@ def with_traffic(plan: Plan, found: Found, traffic: Traffic, now_s: float = 0.0)
     """The plan with another traffic; a bandit begins now.
 
     Raises:
-        RepositoryError: `missing` for an arm that is not there, `conflict` within a rollout.
+        RepositoryError: `missing` for an arm that is not there, `conflict` within a rollout, or for a bandit of which two
+            arms are one version.
     """
     _refuse_beside_changes(plan, found)
-    for arm in traffic.arms:
-        resolve(arm, found)
+    versions = {arm: resolve(arm, found) for arm in traffic.arms}
     if traffic.bandit is not None:
+        chosen = [versions[arm] for arm in traffic.shares]
+        if len(set(chosen)) < len(chosen):
+            twice = next(version for version in chosen if chosen.count(version) > 1)
+            raise RepositoryError("conflict", f"a bandit chooses among versions, and two shares are of version {twice}")
         traffic = msgspec.structs.replace(traffic, bandit=msgspec.structs.replace(traffic.bandit, since_s=now_s))
     return msgspec.structs.replace(plan, traffic=traffic)
 

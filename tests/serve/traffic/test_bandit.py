@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from fake_artifacts import make_artifact
 
+from lepton_xla.errors import RepositoryError
 from lepton_xla.serve.models import plans
 from lepton_xla.serve.models.repository import Repository
 from lepton_xla.serve.models.split import Split
@@ -209,3 +210,22 @@ def test_somebody_who_sets_the_traffic_wins(tmp_path):
         subject.look({"1": 0.9, "2": 0.1})
     assert subject.traffic == asked
     assert not subject.told
+
+
+def test_killed_between_the_label_and_the_traffic_it_ends(tmp_path):
+    subject = Simulated(tmp_path, every_s=1)
+    subject.repository.promote("m", "2")  # now both of its arms are version 2
+    subject.look({"1": 0.9, "2": 0.9})
+    assert subject.traffic == Traffic()
+    assert [(what[3], more["reason"]) for what, more in subject.told] == [
+        ("ended", "all of its labels stand on one version")
+    ]
+
+
+def test_a_bandit_among_equals_is_refused(tmp_path):
+    subject = Simulated(tmp_path)
+    before = subject.traffic
+    asked = Traffic(shares={"stable": 0.5, "2": 0.3, "1": 0.2}, bandit=Bandit())
+    with pytest.raises(RepositoryError, match="two shares are of version 1") as caught:
+        subject.repository.replan("m", lambda plan, found: plans.with_traffic(plan, found, asked))
+    assert (caught.value.kind, subject.traffic) == ("conflict", before)
