@@ -223,7 +223,9 @@ def _tell(ended: Round, learner: Learner, *, as_json: bool, output: str | None) 
         for each in windows
     ]  # fmt: skip
     if not rows:
-        _common.show("Of no answer is known whether it was right: samples without their outputs, or with hashes of them.")
+        _common.show(
+            "Of no answer is known whether it was right: samples without their outputs, or with hashes of them."
+        )
         return
     _common.show(_common.table("accuracy of what was answered", ("from", ">rows", ">accuracy", "version"), rows))
 

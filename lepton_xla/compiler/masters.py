@@ -105,7 +105,7 @@ class Master:
         """
         for step in self.steps:
             if step.reason and not (nearest and step.skippable):
-                advice = "; nearest (--nearest) rounds them to the nearest codes instead" if step.skippable else ""
+                advice = "; --nearest rounds to the nearest codes instead" if step.skippable else ""
                 raise ArtifactError(
                     f"new weights cannot be made small as the artifact's were: {step.name}: {step.reason}{advice}"
                 )
