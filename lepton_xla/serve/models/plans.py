@@ -53,8 +53,8 @@ def with_traffic(plan: Plan, found: Found, traffic: Traffic, now_s: float = 0.0)
     """The plan with another traffic; a bandit begins now.
 
     Raises:
-        RepositoryError: `missing` for an arm that is not there, `conflict` within a rollout, or for a bandit two of whose
-            arms are one version.
+        RepositoryError: `missing` for an arm that is not there, `conflict` within a rollout, or for a bandit with one
+            version twice.
     """
     _refuse_beside_changes(plan, found)
     versions = {arm: resolve(arm, found) for arm in traffic.arms}
