@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,8 +76,9 @@ class Journal:
             )
         for line in lines[1:]:
             entry = _parsed(line)
-            if isinstance(entry, dict) and "name" in entry:  # the last line of a killed run may be torn
-                self._found[entry["name"]] = entry.get("found")
+            # The last line of a killed run may be torn, and any that a disk has damaged is measured again.
+            if isinstance(entry, dict) and entry.keys() >= {"name", "found"} and _is_whole(entry):
+                self._found[entry["name"]] = entry["found"]
         if not text.endswith("\n"):
             self._append(None)
 
@@ -113,7 +115,7 @@ class Journal:
         """
         if again or name not in self._found:
             found = json.loads(json.dumps(measure()))
-            self._append({"name": name, "found": found})
+            self._append({"name": name, "found": found, "crc32": _crc32(name, found)})
             self._found[name] = found
         return self._found[name]
 
@@ -146,6 +148,15 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise TuningError(f"{self._path}: the journal cannot be written: {error.strerror}") from error
+
+
+def _crc32(name: str, found: Any) -> int:
+    return zlib.crc32(json.dumps([name, found]).encode())
+
+
+def _is_whole(entry: Mapping[str, Any]) -> bool:
+    """Whether a result is what was written; one without a checksum is taken as it is."""
+    return "crc32" not in entry or entry["crc32"] == _crc32(entry["name"], entry["found"])
 
 
 def _is_torn(line: str) -> bool:

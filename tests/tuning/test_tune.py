@@ -185,6 +185,13 @@ def test_a_killed_run_goes_on_where_it_was(smallest, tmp_path, monkeypatch):
     again = found(journal=torn)
     assert [trial.name for trial in again.trials] == [trial.name for trial in tuned.trials]
     assert built == [trial.name for trial in tuned.trials[-2:]]
+    # What was changed on the disk is not taken for what was measured.
+    built.clear()
+    damaged = torn.read_text().splitlines(keepends=True)
+    assert '"bytes": ' in damaged[-1]
+    torn.write_text("".join(damaged[:-1]) + damaged[-1].replace('"bytes": ', '"bytes": 9'))
+    assert [trial.bytes for trial in found(journal=torn).trials] == [trial.bytes for trial in again.trials]
+    assert built == [tuned.trials[-1].name]
     # Another budget starts from what is there.
     other = found(
         journal=torn,
