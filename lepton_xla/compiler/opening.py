@@ -132,7 +132,8 @@ def open_files(store: Store, manifest: Manifest, decrypt_key: str | os.PathLike[
     names = ", ".join(name[:16] for name in readers)
     if key is None:
         raise TrustError(
-            f"{where}: is encrypted for {names}; give that private key as --decrypt-key or {DECRYPT_VARIABLE}"
+            f"{where}: is encrypted for {names}; give that private key in {DECRYPT_VARIABLE}, or to leptonx serve as "
+            "--decrypt-key"
         )
     own = identifier(key.public_key())
     if own not in readers:

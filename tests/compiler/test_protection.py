@@ -307,7 +307,7 @@ def test_verifying_needs_no_key(place):
 
 
 def test_without_the_key_nothing_is_used(place, nothing_used):
-    for key, said in ((None, "is encrypted for .*; give that private key as --decrypt-key or LEPTON_DECRYPT_KEY"),
+    for key, said in ((None, "is encrypted for .*; give that private key in LEPTON_DECRYPT_KEY"),
                       ("other.key", "a key of the kind secp256r1 does not decrypt")):  # fmt: skip
         with pytest.raises(TrustError, match=said):
             lx.load(place / "sealed.lepton", decrypt_key=None if key is None else place / key)
