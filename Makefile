@@ -80,10 +80,11 @@ build/kernels-checked/.ready: build/kernels/.ready
 	$(BUILD_KERNELS) --python .venv/bin/python --target $(@D) --config-settings=cmake.define.SANITIZE=ON ./kernels
 	@touch $@
 
+# A report goes to the process's standard error, where pytest must not keep it: the process ends with it.
 test-memory: build/kernels-checked/.ready  ## the tests of the CPU kernels with AddressSanitizer and UBSan, on Linux with GCC
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=build/kernels-checked JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 0 tests/kernels
+	PYTHONPATH=build/kernels-checked JAX_PLATFORMS=cpu $(RUN)/python -m pytest -n 0 --capture=sys tests/kernels
 
 lint: setup docs  ## formatting, lint, types, and the manual
 	$(RUN)/ruff format --check .

@@ -140,10 +140,12 @@ __attribute__((always_inline)) inline void write_brief(const Convolution& p, Bri
 }
 
 // Writes the sums from the AT-th on to memory, from where a loop reads them: a SiLU is too long to be there for each.
-template <int MR, int NR, int AT, typename Sum>
-__attribute__((always_inline)) inline void hold(const Sum (&sums)[MR][NR], Sum (&held)[MR * NR]) {
+// Their type is Op's, not one that is deduced: that would have lost its alignment, and memory on the stack has no more.
+template <class Op, int MR, int NR, int AT>
+__attribute__((always_inline)) inline void hold(const typename Op::Sum (&sums)[MR][NR],
+                                                typename Op::Sum (&held)[MR * NR]) {
   held[AT] = sums[AT % MR][AT / MR];
-  if constexpr (AT + 1 < MR * NR) hold<MR, NR, AT + 1>(sums, held);
+  if constexpr (AT + 1 < MR * NR) hold<Op, MR, NR, AT + 1>(sums, held);
 }
 
 template <class Op, int MR, int NR>
@@ -228,7 +230,7 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
   const bool is_silu = p.codes == nullptr && p.epilogue.residual == nullptr;  // since bounds do not suffice
   if (!(is_silu || finish.is_silu()) || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
   typename Op::Sum held[MR * NR];
-  hold<MR, NR, 0>(sums, held);
+  hold<Op, MR, NR, 0>(sums, held);
   if (is_silu) return write_silu_floats<Op, MR, NR>(p, rows.example[0], held, pixel, column);
   write_silu<Op, MR, NR>(p, finish.brief(), rows.example[0], held, pixel, column);
 }

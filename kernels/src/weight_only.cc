@@ -2,10 +2,10 @@
 //
 // A product of few rows takes as long as reading the weight does, so the codes are read once, in order, and become floats
 // in registers. A tile of up to kBlock rows of codes and a few vectors of columns is multiplied with up to kRows rows of
-// activations, all sums in registers; meanwhile the tile after the next is fetched, since rows are too far apart for the
-// processor to foresee, and the next one would not be there yet when it is wanted.
+// activations, all sums in registers; meanwhile the tile after the next is fetched.
 #include "weight_only.h"
 
+#include "ahead.h"
 #include "finish.h"
 #include "weight_only_rounded.h"
 
@@ -34,7 +34,6 @@ Floats scales(const WeightOnly& p, int64_t group, int64_t column, int count) {
 struct Eight {
   static constexpr int kBits = 8, kParts = 1;
   explicit Eight(const float*) {}
-  static bool linear(const float*) { return true; }
   template <int NR>
   void decode(const uint8_t* from, Floats (&to)[kParts][NR]) const {
 #pragma GCC unroll 8
@@ -74,7 +73,7 @@ struct Block {
 // Adds the product of `MR` rows of x from `row` on with a tile to `y`, which has `stride` floats a row; or stores it.
 template <class Decoder, int MR, int NR>
 void tile(const WeightOnly& p, const Decoder& decoder, const Block& block, const uint8_t* codes, int64_t codes_stride,
-          int64_t row, int64_t column, int columns, float* y, int64_t stride, const uint8_t* next) {
+          int64_t row, int64_t column, int columns, float* y, int64_t stride, Ahead& ahead) {
   constexpr int kParts = Decoder::kParts;
   const int64_t packed = p.packed_rows(Decoder::kBits);
   Floats sums[kParts][MR][NR] = {};
@@ -82,8 +81,7 @@ void tile(const WeightOnly& p, const Decoder& decoder, const Block& block, const
   for (int part = 0; part < kParts; ++part) x[part] = p.x + row * p.k + block.first + part * packed;
   if (kParts == 2 && block.parts == 1) x[kParts - 1] = x[0];  // what is read there is not used
   for (int r = 0; r < block.count; ++r) {
-#pragma GCC unroll 2
-    for (int at = 0; at < NR * kLanes; at += 64) __builtin_prefetch(next + r * p.n + at, 0, 2);
+    ahead.fetch((NR * kLanes + 63) / 64);
     Floats values[kParts][NR];
     decoder.template decode<NR>(codes + r * codes_stride, values);
 #pragma GCC unroll 2
@@ -120,7 +118,7 @@ void tile(const WeightOnly& p, const Decoder& decoder, const Block& block, const
 // A tile of fewer columns than a vector has lanes, by way of padded copies.
 template <class Decoder, int MR>
 void narrow_tile(const WeightOnly& p, const Decoder& decoder, const Block& block, int64_t row, int64_t column,
-                 int columns) {
+                 int columns, Ahead& ahead) {
   uint8_t codes[kBlock * kLanes];
   float y[MR * kLanes];
   for (int r = 0; r < block.count; ++r)
@@ -129,114 +127,123 @@ void narrow_tile(const WeightOnly& p, const Decoder& decoder, const Block& block
   for (int i = 0; i < MR; ++i)
     for (int c = 0; c < kLanes; ++c)
       y[i * kLanes + c] = c < columns && block.first > 0 ? p.y[(row + i) * p.n + column + c] : 0;
-  tile<Decoder, MR, 1>(p, decoder, block, codes, kLanes, row, column, columns, y, kLanes, p.codes);
+  tile<Decoder, MR, 1>(p, decoder, block, codes, kLanes, row, column, columns, y, kLanes, ahead);
   for (int i = 0; i < MR; ++i)
     for (int c = 0; c < columns; ++c) p.y[(row + i) * p.n + column + c] = y[i * kLanes + c];
 }
 
 template <class Decoder, int MR>
 void rows(const WeightOnly& p, const Decoder& decoder, const Block& block, int64_t row, int64_t column,
-          int64_t column_end) {
+          int64_t column_end, Ahead& ahead) {
   constexpr int kWide = smaller(8, kSums / (MR * Decoder::kParts)) > 0 ? smaller(8, kSums / (MR * Decoder::kParts)) : 1;
   const uint8_t* codes = p.codes + block.first * p.n;
-  const int64_t after = block.first + block.count;
-  const uint8_t* below = p.codes + (after + block.count <= p.packed_rows(Decoder::kBits) ? after : block.first) * p.n;
-  const int64_t start = column;
   constexpr int64_t kWidth = kWide * kLanes;
-  for (; column + kWidth <= column_end; column += kWidth) {
-    const int64_t ahead = column + 2 * kWidth;
-    const uint8_t* next = ahead + kWidth <= column_end ? codes + ahead : below + start + (ahead <= column_end ? 0 : kWidth);
+  for (; column + kWidth <= column_end; column += kWidth)
     tile<Decoder, MR, kWide>(p, decoder, block, codes + column, p.n, row, column, kWidth, p.y + row * p.n + column, p.n,
-                             next);
-  }
+                             ahead);
   for (; column + kLanes <= column_end; column += kLanes)
     tile<Decoder, MR, 1>(p, decoder, block, codes + column, p.n, row, column, kLanes, p.y + row * p.n + column, p.n,
-                         codes + column);
+                         ahead);
   if (column < column_end)
-    narrow_tile<Decoder, MR>(p, decoder, block, row, column, static_cast<int>(column_end - column));
+    narrow_tile<Decoder, MR>(p, decoder, block, row, column, static_cast<int>(column_end - column), ahead);
 }
 
 template <class Decoder>
 void block_of_floats(const WeightOnly& p, const Decoder& decoder, const Block& block, int64_t row, int64_t row_end,
-                     int64_t column, int64_t column_end) {
+                     int64_t column, int64_t column_end, Ahead& first) {
+  Ahead none;
   for (int64_t at = row; at < row_end; at += kRows) {
+    Ahead& ahead = at == row ? first : none;
     switch (smaller(kRows, static_cast<int>(row_end - at < kRows ? row_end - at : kRows))) {
-      case 1: rows<Decoder, 1>(p, decoder, block, at, column, column_end); break;
-      case 2: rows<Decoder, 2>(p, decoder, block, at, column, column_end); break;
-      case 3: rows<Decoder, 3>(p, decoder, block, at, column, column_end); break;
-      case 4: rows<Decoder, 4>(p, decoder, block, at, column, column_end); break;
+      case 1: rows<Decoder, 1>(p, decoder, block, at, column, column_end, ahead); break;
+      case 2: rows<Decoder, 2>(p, decoder, block, at, column, column_end, ahead); break;
+      case 3: rows<Decoder, 3>(p, decoder, block, at, column, column_end, ahead); break;
+      case 4: rows<Decoder, 4>(p, decoder, block, at, column, column_end, ahead); break;
 #if defined(__AVX512F__)
-      case 5: rows<Decoder, 5>(p, decoder, block, at, column, column_end); break;
-      case 6: rows<Decoder, 6>(p, decoder, block, at, column, column_end); break;
-      case 7: rows<Decoder, 7>(p, decoder, block, at, column, column_end); break;
-      case 8: rows<Decoder, 8>(p, decoder, block, at, column, column_end); break;
+      case 5: rows<Decoder, 5>(p, decoder, block, at, column, column_end, ahead); break;
+      case 6: rows<Decoder, 6>(p, decoder, block, at, column, column_end, ahead); break;
+      case 7: rows<Decoder, 7>(p, decoder, block, at, column, column_end, ahead); break;
+      case 8: rows<Decoder, 8>(p, decoder, block, at, column, column_end, ahead); break;
 #endif
     }
   }
 }
 
 #if defined(__AVX512VNNI__)
-// The same with rounded activations, for up to kRoundedRows rows; in floats for rows that cannot be rounded.
-template <class Decoder>
-void block_of_integers(const WeightOnly& p, const Decoder& decoder, const Block& block, int64_t row, int64_t row_end,
-                       int64_t column, int64_t column_end) {
-  constexpr int kParts = Decoder::kParts, kWidth = kPanel * kLanes;
-  const int64_t packed = p.packed_rows(Decoder::kBits), after = block.first + block.count;
-  const int pairs = (block.count + 1) / 2;
+// Rounds a row's numbers of a block; false if they cannot be.
+bool round_row(const WeightOnly& p, const Block& block, int64_t packed, int parts, int64_t row, int to, Rounded& x) {
+  for (int part = 0; part < block.parts; ++part)
+    if (!x.round(p.x + row * p.k + block.first + part * packed, block.count, part, parts, to)) return false;
+  return true;
+}
+
+template <int kParts>
+Target<kParts> target_at(const WeightOnly& p, const Block& block, int64_t column, int64_t column_end) {
+  Target<kParts> target;
+  target.parts = block.parts;
+  target.first = block.first == 0;
+  target.columns = column + 64 <= column_end ? ~0ull : ~0ull >> (64 - (column_end - column));
+  for (int part = 0; part < block.parts; ++part)
+    for (int j = 0; j < kPanel; ++j)
+      target.scales[part][j] = panel_scales(p, block.groups[part], column + j * kLanes,
+                                            static_cast<__mmask16>(target.columns >> (j * kLanes)));
+  return target;
+}
+
+// The same of one row, rounded; in floats if it cannot be.
+template <class Decoder, class Codes>
+void block_of_a_row(const WeightOnly& p, const Decoder& decoder, const Codes& of, const Block& block, int64_t row,
+                    int64_t column, int64_t column_end, Ahead& ahead) {
+  constexpr int kParts = Decoder::kParts;
   Rounded x;
-  for (int64_t at = row; at < row_end; ++at) {
-    bool fits = true;
-    for (int part = 0; part < block.parts && fits; ++part)
-      fits = round_row(p.x + at * p.k + block.first + part * packed, block.count, part, kParts, 1 << (Decoder::kBits - 1),
-                       static_cast<int>(at - row), x);
-    x.fits[at - row] = fits;
+  if (!round_row(p, block, p.packed_rows(Decoder::kBits), kParts, row, 0, x))
+    return block_of_floats(p, decoder, block, row, row + 1, column, column_end, ahead);
+  for (int64_t at = column; at < column_end; at += 64)
+    multiply_row(of, x, 0, p.codes + block.first * p.n + at, p.n, block.count,
+                 target_at<kParts>(p, block, at, column_end), p.y + row * p.n + at, ahead);
+}
+
+// And of up to kRoundedRows rows; in floats those that cannot be rounded.
+template <class Decoder, class Codes>
+void block_of_rows(const WeightOnly& p, const Decoder& decoder, const Codes& of, const Block& block, int64_t row,
+                   int64_t row_end, int64_t column, int64_t column_end, Ahead& ahead) {
+  constexpr int kParts = Decoder::kParts;
+  Rounded x;
+  for (int64_t r = row; r < row_end; ++r) {
+    const int to = static_cast<int>(r - row);
+    x.fits[to] = round_row(p, block, p.packed_rows(Decoder::kBits), kParts, r, to, x);
   }
-  const uint8_t* codes = p.codes + block.first * p.n;
-  const uint8_t* below = after + block.count <= packed ? p.codes + after * p.n : nullptr;
-  for (int64_t at = column; at < column_end; at += kWidth) {
-    const int64_t end = at + kWidth < column_end ? at + kWidth : column_end;
-    const __mmask64 columns = ~0ull >> (kWidth - (end - at));
+  Ahead none;
+  for (int64_t at = column; at < column_end; at += 64) {
+    const auto target = target_at<kParts>(p, block, at, column_end);
     Panel<kParts> panel;
-    unpack<kParts>(codes + at, p.n, block.count, columns, panel);
-    __m512 scale[kParts][kPanel];
-    for (int part = 0; part < block.parts; ++part)
-      for (int j = 0; j < kPanel; ++j)
-        scale[part][j] = panel_scales(p, block.groups[part], at + j * kLanes, static_cast<__mmask16>(columns >> (j * kLanes)));
-    const uint8_t* next = below == nullptr ? nullptr : below + column + (end < column_end ? 0 : kWidth);
-    if (at + 2 * kWidth < column_end) next = codes + at + 2 * kWidth;
-    for (int64_t r = row; r < row_end; r += kRoundedTile, next = nullptr) {
+    unpack(of, p.codes + block.first * p.n + at, p.n, block.count, target.columns, panel, ahead);
+    for (int64_t r = row; r < row_end; r += kRoundedTile) {
       const int count = static_cast<int>(row_end - r < kRoundedTile ? row_end - r : kRoundedTile);
       const int from = static_cast<int>(r - row);
       bool fits = true;
       for (int i = 0; i < count; ++i) fits = fits && x.fits[from + i];
       for (int i = 0; i < count && !fits; ++i) {  // one after the other: what a row gives depends on no other row
         if (x.fits[from + i])
-          rounded_tile<kParts, 1>(x, from + i, panel, pairs, block.parts, scale, columns, block.first == 0,
-                                  p.y + (r + i) * p.n + at, p.n, nullptr, p.n);
+          multiply_rows<Codes, 1>(of, x, from + i, panel, block.count, target, p.y + (r + i) * p.n + at, p.n);
         else
-          block_of_floats(p, decoder, block, r + i, r + i + 1, at, end);
+          block_of_floats(p, decoder, block, r + i, r + i + 1, at, at + 64 < column_end ? at + 64 : column_end, none);
       }
       if (!fits) continue;
-      const auto multiply = count == 1 ? rounded_tile<kParts, 1>
-                          : count == 2 ? rounded_tile<kParts, 2>
-                          : count == 3 ? rounded_tile<kParts, 3>
-                                       : rounded_tile<kParts, 4>;
-      multiply(x, from, panel, pairs, block.parts, scale, columns, block.first == 0, p.y + r * p.n + at, p.n, next, p.n);
+      const auto multiply = count == 1 ? multiply_rows<Codes, 1>
+                          : count == 2 ? multiply_rows<Codes, 2>
+                          : count == 3 ? multiply_rows<Codes, 3>
+                                       : multiply_rows<Codes, 4>;
+      multiply(of, x, from, panel, block.count, target, p.y + r * p.n + at, p.n);
     }
   }
 }
 #endif
 
-template <class Decoder>
-void part(const WeightOnly& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
-  const Decoder decoder(p.levels);
+// Calls multiply(block) for blocks of up to `most` rows of codes, one after the other.
+template <class Decoder, class Multiply>
+void each_block(const WeightOnly& p, int most, const Multiply& multiply) {
   const int64_t packed = p.packed_rows(Decoder::kBits), depth = p.k / p.groups;
-  int most = kBlock;
-#if defined(__AVX512VNNI__)
-  const int64_t count = row_end - row;
-  const bool rounds = count >= kFewestRounded && count <= kRoundedRows && Decoder::linear(p.levels);
-  if (rounds) most = 2 * kPairs / Decoder::kParts;
-#endif
   for (int64_t first = 0; first < packed;) {
     Block block{first, 0, 1, {first / depth, 0}};
     // Up to where one of the parts enters its next group, or the last byte whose high half is not used.
@@ -251,16 +258,48 @@ void part(const WeightOnly& p, int64_t row, int64_t row_end, int64_t column, int
     if (packed < end) end = packed;
     if (first + most < end) end = first + most;
     block.count = static_cast<int>(end - first);
-#if defined(__AVX512VNNI__)
-    if (rounds) {
-      block_of_integers(p, decoder, block, row, row_end, column, column_end);
-      first = end;
-      continue;
-    }
-#endif
-    block_of_floats(p, decoder, block, row, row_end, column, column_end);
+    multiply(block);
     first = end;
   }
+}
+
+template <class Decoder>
+void part(const WeightOnly& p, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
+  const Decoder decoder(p.levels);
+  Ahead ahead(p.codes + column, column_end - column, p.n, p.packed_rows(Decoder::kBits));
+  const auto in_floats = [&] {
+    ahead.begin(kBlock);
+    each_block<Decoder>(p, kBlock, [&](const Block& block) {
+      block_of_floats(p, decoder, block, row, row_end, column, column_end, ahead);
+    });
+  };
+#if defined(__AVX512VNNI__)
+  constexpr int kCount = kDepth / Decoder::kParts;
+  const auto as_a_row = [&](const auto& codes) {
+    ahead.begin(kCount);
+    each_block<Decoder>(p, kCount, [&](const Block& block) {
+      block_of_a_row(p, decoder, codes, block, row, column, column_end, ahead);
+    });
+  };
+  const auto in_integers = [&](const auto& codes) {
+    if (row_end - row == 1) return as_a_row(codes);
+    if (row_end - row > kRoundedRows) return in_floats();
+    ahead.begin(kCount);
+    each_block<Decoder>(p, kCount, [&](const Block& block) {
+      block_of_rows(p, decoder, codes, block, row, row_end, column, column_end, ahead);
+    });
+  };
+  if constexpr (Decoder::kParts == 1) {
+    in_integers(SignedBytes());
+  } else if (Decoder::linear(p.levels)) {
+    in_integers(SignedHalves());
+  } else {
+    const LookedUpHalves codes(p.levels);
+    row_end - row == 1 && codes.fits ? as_a_row(codes) : in_floats();
+  }
+#else
+  in_floats();
+#endif
   for (int64_t at = row; p.k == 0 && at < row_end; ++at)
     for (int64_t c = column; c < column_end; ++c) p.y[at * p.n + c] = 0;
   finish(p.epilogue, p.y, p.n, row, row_end, column, column_end);

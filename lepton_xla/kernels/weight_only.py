@@ -37,7 +37,8 @@ def multiply(x: jax.Array, weight: QTensor, epilogue: Epilogue | None = None) ->
 
     Returns:
         float32 [M, N], the product with the dequantized weight up to rounding of float32 and, on some processors, of
-        activations to 16 bits by the largest of up to 128 beside each other. The number of threads changes nothing.
+        activations to 16 bits by the largest of up to 128 beside each other, and of the values of codes that are no
+        integers by the largest of them. The number of threads changes nothing.
 
     >>> from lepton_xla.quant import quantize
     >>> multiply(jnp.ones((1, 2)), quantize(jnp.array([[7.0, 3.5], [-3.0, 0.5]]), "int4")).tolist()

@@ -40,21 +40,23 @@ def array(*shape, seed=1):
 
 
 def rounds():
-    """Whether the kernels in use round the activations of several rows."""
+    """Whether the kernels in use round activations."""
     return importlib.import_module("lepton_xla_kernels").variant() == "avx512"
 
 
 def check(got, x, weight):
-    """Within rounding of the product in float64: of float32 sums, and of activations of several rows to 16 bits.
+    """Within rounding of the product in float64: of float32 sums, and of activations (and looked up values) to 16 bits.
 
     Errors of 16 bits are independent and less than half a step each: seven times their deviation bounds the sum, where
-    that is less than what they could add up to.
+    that is less than what they could add up to. What is looked up is off by up to four times as much of the largest.
     """
     values, exact = np.asarray(weight.dequantize(), np.float64), x.astype(np.float64)
     bound = 1e-6 * (np.abs(exact) @ np.abs(values)) + 1e-30
-    if len(x) > 3 and FORMATS[weight.format].kind == "int" and rounds():
+    is_integer = FORMATS[weight.format].kind == "int"
+    if (is_integer or len(x) == 1) and rounds():
         largest = np.abs(exact).max(axis=1, keepdims=True, initial=0)
-        most, likely = np.abs(values).sum(axis=0) / 65000, np.sqrt((values**2).sum(axis=0)) / 16200
+        sizes = np.abs(values) if is_integer else np.full_like(values, 4 * np.abs(values).max(initial=0))
+        most, likely = sizes.sum(axis=0) / 65000, np.sqrt((sizes**2).sum(axis=0)) / 16200
         bound += largest * np.minimum(most, likely)
     assert got.shape == (x.shape[0], weight.shape[1])
     assert got.dtype == jnp.float32
