@@ -52,3 +52,10 @@ export function quantile(share, now, before) {
   }
   return low;
 }
+
+// Of some names those that hold a text, in order and at most so many; and how many more there are.
+export function chosen(names, text, most) {
+  const wanted = text.trim().toLowerCase();
+  const found = names.filter((name) => name.toLowerCase().includes(wanted)).sort((one, other) => one.localeCompare(other));
+  return { shown: found.slice(0, most), more: Math.max(0, found.length - most) };
+}

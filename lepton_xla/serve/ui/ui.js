@@ -3,12 +3,13 @@
 
 import { button, bytes, make, milliseconds, number, percent, plot, table } from "./drawing.js";
 import { drawExplain, explained } from "./explain.js";
-import { parseMetrics, perVersion, quantile } from "./figures.js";
+import { chosen, parseMetrics, perVersion, quantile } from "./figures.js";
 import { drawTraffic, isMoving, isRunning } from "./traffic.js";
 
 const POLL_MS = 2000;
 const KEPT = 150; // five minutes
-const MOST_SHARED = 20; // models whose traffic is asked for
+const MOST_SHOWN = 50; // models at once
+const MOST_SHARED = 20; // of which the traffic is asked for
 const TOKEN = "lepton-token";
 
 const byId = (id) => document.getElementById(id);
@@ -166,7 +167,15 @@ function endOf(model, traffic) {
   return end("Clear the shares", `Have one version of ${model} answer all requests?`, "clearing the shares", `${base}/traffic`);
 }
 
+// The models to draw, and how many others there are. What is written to filter them stays while the page is drawn again.
+function namesOf(index, stored) {
+  const names = [...new Set([...index, ...(stored ?? [])].map(({ name }) => name))];
+  byId("filter-line").hidden = names.length <= MOST_SHOWN / 10;
+  return chosen(names, byId("filter").value, MOST_SHOWN);
+}
+
 function drawModels(versions, index, stored, shared) {
+  const { shown, more } = namesOf(index, stored);
   const opened = new Set([...document.querySelectorAll("details[open]")].map((each) => each.dataset.key));
   const focused = document.activeElement?.getAttribute("aria-label");
   const known = new Map(); // model -> version -> {version, state, reason, labels}
@@ -179,7 +188,8 @@ function drawModels(versions, index, stored, shared) {
   for (const { name, version, state, reason } of index) Object.assign(at(name, version), { state: state ?? "", reason: reason ?? "" });
   for (const { name, versions: kept } of stored ?? []) for (const { version, labels } of kept) at(name, version).labels = labels;
   const problems = new Map((stored ?? []).filter(({ problem }) => problem).map(({ name, problem }) => [name, problem]));
-  const cards = [...known].sort(([one], [other]) => one.localeCompare(other)).map(([model, found]) => {
+  const cards = shown.map((model) => {
+    const found = known.get(model) ?? new Map();
     const entries = [...found.values()].sort((one, other) => Number(other.version) - Number(one.version));
     const rows = entries.map(({ version, state, reason, labels: mine }) => {
       const key = `${model}/${version}`;
@@ -222,7 +232,9 @@ function drawModels(versions, index, stored, shared) {
     }
     return card;
   });
-  byId("models").replaceChildren(...(cards.length ? cards : [make("p", {}, "No model is loaded.")]));
+  const none = byId("filter").value ? "No model has such a name." : "No model is loaded.";
+  byId("models").replaceChildren(...(cards.length ? cards : [make("p", {}, none)]),
+    ...(more ? [make("p", { className: "quiet" }, `and ${more} more`)] : []));
   if (focused) [...document.querySelectorAll("[aria-label]")].find((each) => each.getAttribute("aria-label") === focused)?.focus();
 }
 
@@ -245,12 +257,16 @@ async function offerExplanations(index) {
   if (names.length) await drawExplain(byId("explain"), names, ask, post);
 }
 
+let drawAgain = () => {};
+
 async function look() {
   const [text, index, alerts, stored, audit] = await Promise.all([
     ask("/metrics"), ask("/v2/repository/index", "POST", {}), ask("/v2/alerts"),
     maybe("/v2/repository/models"), maybe("/v2/audit?limit=50"),
   ]);
-  const several = (stored ?? []).filter(({ versions: kept }) => kept.length > 1).map(({ name }) => name).slice(0, MOST_SHARED);
+  const shown = new Set(namesOf(index, stored).shown);
+  const several = (stored ?? []).filter(({ name, versions: kept }) => kept.length > 1 && shown.has(name))
+    .map(({ name }) => name).slice(0, MOST_SHARED);
   const told = await Promise.all(several.map((name) => maybe(`/v2/models/${encodeURIComponent(name)}/traffic`)));
   const shared = new Map(several.map((name, at) => [name, told[at]]).filter(([, each]) => each));
   const metrics = parseMetrics(text);
@@ -263,7 +279,8 @@ async function look() {
   document.title = firing ? `(${firing}) lepton_xla` : "lepton_xla";
   drawTiles(metrics, versions, firing);
   drawAlerts(alerts.alerts);
-  drawModels(versions, index, stored, shared);
+  drawAgain = () => drawModels(versions, index, stored, shared);
+  drawAgain();
   drawAudit(audit);
   await offerExplanations(index);
 }
@@ -301,6 +318,7 @@ byId("sign-in").addEventListener("submit", (event) => {
   missing.clear();
   run();
 });
+byId("filter").addEventListener("input", () => drawAgain());
 byId("sign-out").addEventListener("click", () => {
   sessionStorage.removeItem(TOKEN);
   location.reload();

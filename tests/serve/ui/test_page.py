@@ -67,7 +67,7 @@ def in_node(tmp_path, script, value):
         (tmp_path / f"{name}.mjs").write_text(text)
     (tmp_path / "run.mjs").write_text(
         'import { readFileSync } from "node:fs";\n'
-        'import { parseMetrics, perVersion, quantile } from "./figures.mjs";\n'
+        'import { chosen, parseMetrics, perVersion, quantile } from "./figures.mjs";\n'
         'import { decodeAnswer, encodeRequest, explained, largest } from "./explain.mjs";\n'
         'import { isMoving, isRunning, movedOf, saidOf } from "./traffic.mjs";\n'
         'const value = JSON.parse(readFileSync(0, "utf8"));\n'
@@ -118,6 +118,16 @@ def test_quantiles_are_those_between_two_looks(tmp_path, share):
     expected = np.interp(share * 100, [0, 90, 100], [0, 0.01, 0.1])
     assert in_node(tmp_path, f"quantile({share}, value[0], value[1])", value) == pytest.approx(expected)
     assert in_node(tmp_path, f"quantile({share}, value[0], value[0])", value) is None
+
+
+def test_of_hundreds_of_models_some_are_shown(tmp_path):
+    names = [f"model-{number}" for number in range(300)] + ["Digits"]
+    found = in_node(
+        tmp_path, '["", " IGITS ", "l-29", "none"].map((text) => chosen(value, text, 50))', list(reversed(names))
+    )
+    assert [(len(each["shown"]), each["more"]) for each in found] == [(50, 251), (1, 0), (11, 0), (0, 0)]
+    assert found[0]["shown"][:2] == ["Digits", "model-0"]
+    assert found[1]["shown"] == ["Digits"]
 
 
 def test_traffic_is_told_in_one_sentence(tmp_path):
