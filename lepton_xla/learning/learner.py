@@ -15,7 +15,7 @@ import numpy as np
 
 from lepton_xla.compiler import Servable, load, make_update, master_weights, sign
 from lepton_xla.dtypes import is_floating
-from lepton_xla.errors import CheckpointError, LearningError, LeptonError, SampleError, TrainingError
+from lepton_xla.errors import CheckpointError, LearningError, LeptonError, SampleError, TrainingError, first_line
 from lepton_xla.generation.rows import PROMPT, REPLY
 from lepton_xla.learning.judging import judge, judge_replies, text_of
 from lepton_xla.learning.labelled import LENGTHS, Labelled, read_labelled, read_replies
@@ -317,12 +317,7 @@ class Learner:
         if not self._generates:
             return {**rows.inputs, old.label: rows.labels}
         assert self._spec.examples is not None
-        try:
-            return self._spec.examples(_prompts(rows), rows.labels.tolist())
-        except LeptonError:
-            raise
-        except Exception as error:  # user code may raise anything, and anybody's feedback is what it is given
-            raise LearningError(f"the TrainSpec's examples failed: {type(error).__name__}: {error}") from error
+        return _by_user("examples", self._spec.examples, _prompts(rows), rows.labels.tolist())
 
     def _model(self, rounds: Rounds) -> Model:
         """The model with the weights that training goes on from."""
@@ -376,7 +371,9 @@ class Learner:
         evaluate = given.evaluate if isinstance(given, Evaluation) else given
 
         def on_old_data(predict: Any) -> Mapping[str, float]:
-            return {"accuracy": old.accuracy(predict, self._output)} if evaluate is None else evaluate(predict)
+            if evaluate is None:
+                return {"accuracy": old.accuracy(predict, self._output)}
+            return _by_user("evaluate", evaluate, predict)
 
         limits: dict[str, Any] = {
             name: getattr(self._plan, name) for name in ("max_drop", "confidence", "lower_is_better")
@@ -431,6 +428,16 @@ class Learner:
         if rollout["state"] == "rolled back":
             self._push.remove(current.version)
         return rounds.end(current, rollout["state"], rollout["reason"])
+
+
+def _by_user[**P, R](what: str, function: Callable[P, R], *given: P.args, **more: P.kwargs) -> R:
+    """Calls a function of the TrainSpec, which may raise anything; anybody's feedback may be what it is given."""
+    try:
+        return function(*given, **more)
+    except LeptonError:
+        raise
+    except Exception as error:
+        raise LearningError(f"the TrainSpec's {what} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _left_out(rows: Labelled) -> str:

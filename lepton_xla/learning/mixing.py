@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -30,14 +31,15 @@ class OldData:
         label: name of the entry with the labels; empty for a model that generates.
         batch_rows: rows of a batch.
         rows: entry -> array, to train on.
-        judges: the same of rows that are not trained on here.
+        judges: the same of rows that are not trained on here: about a fifth, chosen by what is in a row, since data may
+            give a row again.
 
     Raises:
         LearningError: if a batch has no such entry, or labels are not one class a row.
 
-    >>> old = OldData([{"x": np.zeros((2, 3)), "label": np.array([0, 1])}] * 10, ["x"], most_rows=10)
-    >>> old.label, old.batch_rows, len(old.rows["label"]), len(old.judges["label"])
-    ('label', 2, 8, 2)
+    >>> old = OldData([{"x": np.arange(20.0)[:, None], "label": np.arange(20) % 2}], ["x"], most_rows=100)
+    >>> old.label, old.batch_rows, set(old.rows["x"].ravel()) & set(old.judges["x"].ravel())
+    ('label', 20, set())
     """
 
     def __init__(self, data: Data, inputs: Collection[str] | None, most_rows: int) -> None:
@@ -48,7 +50,8 @@ class OldData:
         count = min(_MOST_BATCHES, math.ceil(most_rows / self.batch_rows))
         batches = [first, *(feed.next() for _ in range(count - 1))]
         whole = {name: np.concatenate([batch[name] for batch in batches])[:most_rows] for name in first}
-        chosen = np.arange(len(next(iter(whole.values())))) % _JUDGES == _JUDGES - 1
+        chosen = _digests(whole) % _JUDGES == 0
+        chosen &= not chosen.all()
         self.rows = {name: array[~chosen] for name, array in whole.items()}
         self.judges = {name: array[chosen] for name, array in whole.items()}
 
@@ -86,11 +89,27 @@ class OldData:
         return {name: np.asarray(samples[name]).astype(array.dtype) for name, array in self.rows.items()}
 
     def accuracy(self, predict: Any, output: str) -> float:
-        """The share of the judging rows that a model gets right."""
+        """The share of the judging rows that a model gets right.
+
+        Raises:
+            LearningError: if there are none.
+        """
         if not len(self.judges[self.label]):
-            return 1.0
+            raise LearningError("the old data has too few rows to judge by: give the TrainSpec an `evaluate`")
         answers = predict(**{name: array for name, array in self.judges.items() if name != self.label})[output]
         return float((classes_of(np.asarray(answers)) == self.judges[self.label]).mean())
+
+
+def _digests(entries: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A number for each row, uint64 [rows]: the same for the same row."""
+    rows = zip(*(np.ascontiguousarray(array) for array in entries.values()), strict=True)
+    return np.array(
+        [
+            int.from_bytes(hashlib.blake2b(b"".join(each.tobytes() for each in row), digest_size=8).digest(), "little")
+            for row in rows
+        ],
+        np.uint64,
+    )
 
 
 class Mixture:

@@ -10,6 +10,7 @@ import pytest
 import lepton_xla as lx
 from lepton_xla.learning import Learner, LearningPlan, judge
 from lepton_xla.learning.masters import read_master, write_master
+from lepton_xla.learning.mixing import OldData
 
 PLAN = LearningPlan(steps=100, least_rows=100, least_held_out=20)
 
@@ -102,6 +103,21 @@ def test_which_way_a_metric_on_old_data_gets_worse(metric, lower, rise_is_better
         judge(wrong, right, {"x": x}, labels, "y", lambda _: {metric: 2.0}, lower_is_better=("none",))
 
 
+@pytest.mark.parametrize("again", [3 * 7, 1])
+def test_no_old_row_is_trained_on_and_judges(again):
+    x, labels = learning_model.rows(7 * 16, 1)
+    batches = [{"x": x[at : at + 16], "label": labels[at : at + 16]} for at in range(0, len(x), 16)]
+    old = OldData(batches, ["x"], most_rows=16 * again)
+    trained, judging = ({row.tobytes() for row in each["x"]} for each in (old.rows, old.judges))
+    assert not trained & judging
+    assert len(trained | judging) == min(16 * again, len(x))
+    assert 0.1 < len(judging) / len(trained | judging) < 0.4
+    few = OldData([{"x": x[:1], "label": labels[:1]}], ["x"], most_rows=5)
+    assert len(few.rows["x"]) == 5
+    with pytest.raises(lx.LearningError, match="the old data has too few rows to judge by"):
+        few.accuracy(lambda x: {"output": x}, "output")
+
+
 # Bad input.
 
 
@@ -169,6 +185,14 @@ def test_batches_without_one_label_a_row(bases, sampled, tmp_path, data, words):
     sampled.add(*learning_model.rows(300, 2))
     with pytest.raises(lx.LearningError, match=words):
         learn(bases, sampled, tmp_path, spec=learning_model.spec(data=data))
+
+
+def test_an_evaluate_that_fails_is_one_line_and_loses_no_training(bases, sampled, tmp_path):
+    sampled.add(*learning_model.rows(300, 2, sign=-1.0))
+    with pytest.raises(lx.LearningError, match=r"^the TrainSpec's evaluate failed: ZeroDivisionError: "):
+        learn(bases, sampled, tmp_path, spec=learning_model.spec(evaluate=lambda predict: {"accuracy": 1 / 0}))
+    assert '"phase":"judge"' in (tmp_path / "learning/blobs/round.json").read_text()
+    assert learn(bases, sampled, tmp_path).phase == "kept"
 
 
 def test_a_model_that_the_artifact_was_not_compiled_from(bases, sampled, tmp_path):
