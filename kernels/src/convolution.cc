@@ -123,20 +123,23 @@ __attribute__((always_inline)) inline void write(const Convolution& p, const Fin
   if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1>(p, finish, rows, sums, pixel, column);
 }
 
-// The same, briefly, of one example and whole vectors. `factor` and `bias` are those of the AT-th sum's column:
-// read again for each, since what is written might be there for all that a compiler knows, they would take as long.
+// The same, briefly, of one example and whole vectors; returns the `least` that is left over. `factor` and `bias` are those
+// of the AT-th sum's column: read again for each, since what is written might be there for all that a compiler knows, they
+// would take as long. `pitch` is from one pixel to the next.
 template <class Op, int MR, int NR, int AT>
-__attribute__((always_inline)) inline void write_brief(const Convolution& p, Brief brief, int64_t example,
+__attribute__((always_inline)) inline Ints write_brief(const Convolution& p, Brief brief, int64_t example,
                                                        const typename Op::Sum (&sums)[MR][NR], int64_t to,
-                                                       int64_t column, Floats factor, Floats bias) {
+                                                       int64_t pitch, int64_t column, Floats factor, Floats bias,
+                                                       Ints least) {
   constexpr int i = AT % MR, j = AT / MR;
   if constexpr (i == 0) {
     const int64_t at = column + j * kLanes;
     factor = Op::factor(p, example, at);
     bias = bias_at(p.epilogue, at);
   }
-  brief(Op::value(sums[i][j], factor, bias), to + i * p.window.o + j * kLanes);
-  if constexpr (AT + 1 < MR * NR) write_brief<Op, MR, NR, AT + 1>(p, brief, example, sums, to, column, factor, bias);
+  least = brief(Op::value(sums[i][j], factor, bias), to + i * pitch + j * kLanes, least);
+  if constexpr (AT + 1 == MR * NR) return least;
+  else return write_brief<Op, MR, NR, AT + 1>(p, brief, example, sums, to, pitch, column, factor, bias, least);
 }
 
 // Writes the sums from the AT-th on to memory, from where a loop reads them: a SiLU is too long to be there for each.
@@ -149,14 +152,15 @@ __attribute__((always_inline)) inline void hold(const typename Op::Sum (&sums)[M
 }
 
 template <class Op, int MR, int NR>
-void write_silu(const Convolution& p, const Brief brief, int64_t example, const typename Op::Sum (&held)[MR * NR],
+void write_silu(const Convolution& p, const Finish& finish, int64_t example, const typename Op::Sum (&held)[MR * NR],
                 int64_t pixel, int64_t column) {
+  const Brief brief = finish.brief();
   for (int j = 0; j < NR; ++j) {
     const int64_t at = column + j * kLanes;
     const Floats factor = Op::factor(p, example, at);
     const Floats bias = bias_at(p.epilogue, at);
     for (int i = 0; i < MR; ++i)
-      brief.silu_of(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
+      finish.silu_of(brief, Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
   }
 }
 
@@ -201,23 +205,23 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
   const Window& window = p.window;
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights) + 4 * column;
   const int64_t row_bytes = window.dilation_h * window.padded_w() * window.c * Op::kBytes;
-  const int64_t apart = window.joins() ? 1 : window.k_w;
-  for (int64_t run = 0; run < window.runs(); ++run) {
-    const int64_t start =
-        run / apart * row_bytes + run % apart * window.dilation_w * window.c * Op::kBytes;
-    const uint8_t* x[MR];
+  const int64_t column_bytes = window.dilation_w * window.c * Op::kBytes, runs_of_row = window.joins() ? 1 : window.k_w;
+  for (int64_t kh = 0; kh < window.k_h; ++kh) {
+    for (int64_t kw = 0; kw < runs_of_row; ++kw) {
+      const uint8_t* x[MR];
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) x[i] = rows.x[i] + start;
-    for (int64_t step = 0; step < p.steps; ++step) {
-      typename Op::Weights w[NR];
+      for (int i = 0; i < MR; ++i) x[i] = rows.x[i] + kh * row_bytes + kw * column_bytes;
+      for (int64_t step = 0; step < p.steps; ++step) {
+        typename Op::Weights w[NR];
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) w[j] = Op::load_weights(weights + 4 * j * kLanes);
+        for (int j = 0; j < NR; ++j) w[j] = Op::load_weights(weights + 4 * j * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; ++i) {
+        for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-        for (int j = 0; j < NR; ++j) Op::add(sums[i][j], x[i] + 4 * step, w[j]);
+          for (int j = 0; j < NR; ++j) Op::add(sums[i][j], x[i] + 4 * step, w[j]);
+        }
+        weights += 4 * p.stride;
       }
-      weights += 4 * p.stride;
     }
   }
   if (Bounds::suffice(p)) return write_bounded<Op, MR, NR, 0>(p, Bounds(p.epilogue), rows, sums, pixel, column);
@@ -225,14 +229,16 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
   const bool whole = column + NR * kLanes <= window.o, together = rows.example[0] == rows.example[MR - 1];
   if (finish.is_brief() && whole && together) {
     const int64_t to = pixel * window.o + column;
-    return write_brief<Op, MR, NR, 0>(p, finish.brief(), rows.example[0], sums, to, column, Floats{}, Floats{});
+    const Ints least = write_brief<Op, MR, NR, 0>(p, finish.brief(), rows.example[0], sums, to, window.o, column, Floats{},
+                                                  Floats{}, Brief::most());
+    if (!in_doubt(least)) return;
   }
   const bool is_silu = p.codes == nullptr && p.epilogue.residual == nullptr;  // since bounds do not suffice
   if (!(is_silu || finish.is_silu()) || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
   typename Op::Sum held[MR * NR];
   hold<Op, MR, NR, 0>(sums, held);
   if (is_silu) return write_silu_floats<Op, MR, NR>(p, rows.example[0], held, pixel, column);
-  write_silu<Op, MR, NR>(p, finish.brief(), rows.example[0], held, pixel, column);
+  write_silu<Op, MR, NR>(p, finish, rows.example[0], held, pixel, column);
 }
 
 template <class Op, int NR>

@@ -38,7 +38,9 @@ struct ConvolutionEpilogue {
   ConvolutionActivation activation;
   float low, high;        // kClamp
   bool add_first;
-  CodeScale code_scale;  // of codes that are written
+  // Of codes that are written: their scale, and those of the bounds, or the least and the largest.
+  CodeScale code_scale;
+  float low_code, high_code;
 };
 
 // A dense convolution. Weights are lanes of 32 bits: a float, or as many codes of successive terms as fit.
@@ -99,9 +101,11 @@ struct ConvolutionVariant {
   const DepthwiseVariant* depthwise_codes;
 };
 
-// A depthwise convolution of codes, x and the result of bytes with 128 added. Weights are [k_h * k_w, stride] of int32;
-// `zeros` is `stride` bytes of 128.
+// A depthwise convolution of codes, x and the result of bytes with 128 added. Weights are lanes of 32 bits: the codes of
+// `rows_of_lane` rows of the window, the first in the lowest bits, [ceil(k_h / rows_of_lane) * k_w, stride]. `zeros` is
+// `stride` bytes of 128.
 struct DepthwiseVariant {
+  int rows_of_lane;  // 1 or 4
   void (*rows)(const Convolution&, const uint8_t* zeros, int64_t row, int64_t row_end);
   void (*round)(const float* x, int64_t count, CodeScale scale, uint8_t* to);
 };

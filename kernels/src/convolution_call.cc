@@ -130,21 +130,31 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
   return ffi::Error::Success();
 }
 
-// Lays out the weights of a depthwise convolution of codes [positions, o], and finds the offset of each column.
-void pack_depthwise(const Window& w, const int8_t* codes, int64_t stride, int32_t* weights, int32_t* offset) {
+// Lanes of the weights of a channel.
+int64_t lanes_of_depthwise(const Window& w, int rows) { return (w.k_h + rows - 1) / rows * w.k_w; }
+
+// Lays out the weights of a depthwise convolution of codes [positions, o], `rows` of the window in a lane, and finds the
+// offset of each column.
+void pack_depthwise(const Window& w, const int8_t* codes, int rows, int64_t stride, uint32_t* weights, int32_t* offset) {
+  const uint32_t bits = rows == 1 ? ~0u : 255u;
   std::fill(offset, offset + stride, 0);
-  for (int64_t k = 0; k < w.k_h * w.k_w; ++k)
-    for (int64_t at = 0; at < stride; ++at) {
-      weights[k * stride + at] = at < w.o ? codes[k * w.o + at] : 0;
+  std::fill(weights, weights + lanes_of_depthwise(w, rows) * stride, 0);
+  for (int64_t k = 0; k < w.k_h * w.k_w; ++k) {
+    const int64_t kh = k / w.k_w, lane = kh / rows * w.k_w + k % w.k_w;
+    for (int64_t at = 0; at < w.o; ++at) {
+      const int32_t code = codes[k * w.o + at];
+      weights[lane * stride + at] |= (static_cast<uint32_t>(code) & bits) << (8 * (kh % rows));
       // Sums may wrap on the way, as they do in the dense ones.
-      offset[at] = static_cast<int32_t>(static_cast<uint32_t>(offset[at]) +
-                                        static_cast<uint32_t>(128 * weights[k * stride + at]));
+      offset[at] = static_cast<int32_t>(static_cast<uint32_t>(offset[at]) + static_cast<uint32_t>(128 * code));
     }
+  }
 }
 
 CodeScale code_scale(float scale) {
   return {scale, scale > 0x1p-96f && scale < 0x1p96f ? 1.0f / scale : 0.0f};
 }
+
+float code_of_bound(float bound, float scale) { return std::nearbyint(std::clamp(bound / scale, -127.0f, 127.0f)); }
 
 // Rounds what is in float, and cuts the rows of the result into parts.
 ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& variant, Convolution& p, const float* x) {
@@ -241,8 +251,12 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   const int64_t lanes = layout.lanes, image = w.h * w.w * w.c;
   p.stride = (w.o + lanes - 1) / lanes * lanes;
   if (write_codes) {
+    const float written = *result_scale.typed_data();
+    const bool clamps = p.epilogue.activation == ConvolutionActivation::kClamp;
     p.codes = static_cast<uint8_t*>(y->untyped_data());
-    p.epilogue.code_scale = code_scale(*result_scale.typed_data());
+    p.epilogue.code_scale = code_scale(written);
+    p.epilogue.low_code = clamps ? code_of_bound(p.epilogue.low, written) : -127.0f;
+    p.epilogue.high_code = clamps ? code_of_bound(p.epilogue.high, written) : 127.0f;
   } else {
     p.y = static_cast<float*>(y->untyped_data());
   }
@@ -256,7 +270,9 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
     p.epilogue.bias = spread(p.epilogue.bias, w.o, false, p.stride, static_cast<float*>(columns.get()) + p.stride);
 
   // The scales of the examples, and at the same time the weights, if they are to be packed.
-  const int64_t packed_rows = depthwise ? w.k_h * w.k_w : w.runs() * p.steps, vectors = p.stride / lanes;
+  const int rows_of_lane = variant.depthwise_codes->rows_of_lane;
+  const int64_t packed_rows = depthwise ? lanes_of_depthwise(w, rows_of_lane) : w.runs() * p.steps;
+  const int64_t vectors = p.stride / lanes;
   const int64_t pieces = dynamic ? std::max<int64_t>(1, (image + kMovedPart - 1) / kMovedPart) : 0;
   const int64_t at_once =
       depthwise ? vectors
@@ -267,7 +283,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   // The weights as the products read them, and behind them the offset of each column.
   const int64_t weight_bytes = packed_rows * p.stride * 4;
   const void* const layout_of = depthwise ? static_cast<const void*>(variant.depthwise_codes) : &variant;
-  const auto kept = kept_panels(codes.typed_data(), codes.element_count(), layout_of, w.o, w.runs(), 1,
+  const auto kept = kept_panels(codes.typed_data(), codes.element_count(), layout_of, w.o, depthwise ? w.k_h : w.runs(), 1,
                                 (weight_bytes + p.stride * 4 + kBeyond + 63) / 64 * 64);
   bool fill = false;
   auto* packed = kept == nullptr ? nullptr : reinterpret_cast<uint8_t*>(kept->panel(0, fill));
@@ -280,7 +296,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   const int64_t moved = (dynamic ? w.n * image : 0) + (packs_here ? static_cast<int64_t>(codes.element_count()) : 0);
   run(pool, moved >= kWorthMoving, pieces * w.n + packs, [&](int64_t part) {
     if (part < packs && depthwise)
-      return pack_depthwise(w, codes.typed_data(), p.stride, reinterpret_cast<int32_t*>(packed), offset);
+      return pack_depthwise(w, codes.typed_data(), rows_of_lane, p.stride, reinterpret_cast<uint32_t*>(packed), offset);
     if (part < packs) {
       variant.pack(w, codes.typed_data(), packed, p.stride, offset, part * at_once * lanes,
                    std::min(vectors, (part + 1) * at_once) * lanes);

@@ -77,14 +77,26 @@ inline Floats activated(const ConvolutionEpilogue& e, Floats v) {
   return v;
 }
 
-// Codes of values between two bounds, neither beyond 127 times the scale, and zero of NaN: the quotient by the scale as a
-// division rounds it, then to the nearest integer. Two steps of Newton's method take a fourth of a division's time: the
-// first one is off by less than the last bit, and from there the second one is right (Markstein, 1990).
+// Values between two bounds. The operands are in the order in which the instructions give NaN back.
+inline Floats bounded(Floats v, Floats low, Floats high) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)v));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
+#else
+  v = v < low ? low : v;
+  return v > high ? high : v;
+#endif
+}
+
+// Codes of values, and zero of NaN: the quotient by the scale as a division rounds it, then to the nearest integer. Two
+// steps of Newton's method take a fourth of a division's time: the first one is off by less than the last bit, and from
+// there the second one is right (Markstein, 1990).
 #if defined(__AVX512F__)
 constexpr bool kHasQuotients = true;
-inline Ints quotients(Floats v, Floats low, Floats high, Floats scale, Floats inverse) {
+inline Ints quotients(Floats v, Floats scale, Floats inverse) {
   const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
-  const __m512 x = _mm512_min_ps(_mm512_max_ps((__m512)v, (__m512)low), (__m512)high);
+  const __m512 x = (__m512)bounded(v, -127.0f * scale, 127.0f * scale);
   __m512 q = _mm512_mul_ps(x, (__m512)inverse);
   q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
   q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
@@ -92,9 +104,9 @@ inline Ints quotients(Floats v, Floats low, Floats high, Floats scale, Floats in
 }
 #elif defined(__AVX2__)
 constexpr bool kHasQuotients = true;
-inline Ints quotients(Floats v, Floats low, Floats high, Floats scale, Floats inverse) {
+inline Ints quotients(Floats v, Floats scale, Floats inverse) {
   const __m256 number = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_ORD_Q);
-  const __m256 x = _mm256_min_ps(_mm256_max_ps((__m256)v, (__m256)low), (__m256)high);
+  const __m256 x = (__m256)bounded(v, -127.0f * scale, 127.0f * scale);
   __m256 q = _mm256_mul_ps(x, (__m256)inverse);
   q = _mm256_fmadd_ps(_mm256_fnmadd_ps(q, (__m256)scale, x), (__m256)inverse, q);
   q = _mm256_fmadd_ps(_mm256_fnmadd_ps(q, (__m256)scale, x), (__m256)inverse, q);
@@ -102,71 +114,91 @@ inline Ints quotients(Floats v, Floats low, Floats high, Floats scale, Floats in
 }
 #else
 constexpr bool kHasQuotients = false;  // without fused multiply-adds they would not be exact
-inline Ints quotients(Floats, Floats, Floats, Floats, Floats) { return Ints{}; }
-#endif
-
-// Writes codes of values between two bounds, none of them NaN, with 128 added.
-#if defined(__AVX512F__)
-__attribute__((always_inline)) inline void store_quotients(uint8_t* to, Floats v, Floats low, Floats high, Floats scale,
-                                                           Floats inverse) {
-  const __m512 x = _mm512_min_ps(_mm512_max_ps((__m512)v, (__m512)low), (__m512)high);
-  __m512 q = _mm512_mul_ps(x, (__m512)inverse);
-  q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
-  q = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, (__m512)scale, x), (__m512)inverse, q);
-  // A sum of 1.5 * 2^23 rounds to an integer, which is in its last bits.
-  const __m512i bits = _mm512_castps_si512(_mm512_add_ps(q, _mm512_set1_ps(12582912.0f + 128.0f)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(bits));
-}
+inline Ints quotients(Floats, Floats, Floats) { return Ints{}; }
 #endif
 
 inline Ints codes_of_values(CodeScale s, Floats v) {
-  if (kHasQuotients && s.inverse != 0.0f) {
-    const Floats most = Floats{} + 127.0f * s.scale;
-    return quotients(v, -most, most, Floats{} + s.scale, Floats{} + s.inverse);
-  }
+  if (kHasQuotients && s.inverse != 0.0f) return quotients(v, Floats{} + s.scale, Floats{} + s.inverse);
   Ints codes;
   for (int lane = 0; lane < kLanes; ++lane) codes[lane] = code(v[lane], s.scale);
   return codes;
 }
 
-// Writes codes as bytes with 128 added.
-inline void store_codes(uint8_t* to, Ints codes, int count) {
+// Writes the lowest 8 bits of each lane.
+inline void store_bytes(uint8_t* to, Ints values, int count) {
 #if defined(__AVX512F__)
-  const __m512i shifted = _mm512_add_epi32((__m512i)codes, _mm512_set1_epi32(128));
   if (count >= kLanes)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(shifted));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)values));
   else
-    _mm512_mask_cvtepi32_storeu_epi8(to, static_cast<__mmask16>((1u << count) - 1), shifted);
+    _mm512_mask_cvtepi32_storeu_epi8(to, static_cast<__mmask16>((1u << count) - 1), (__m512i)values);
 #else
 #if defined(__AVX2__)
   if (count >= kLanes) {
-    const __m256i shifted = _mm256_add_epi32((__m256i)codes, _mm256_set1_epi32(128));
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(shifted), _mm256_extracti128_si256(shifted, 1));
+    const __m256i bytes = (__m256i)(values & 255);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
   }
 #endif
-  for (int lane = 0; lane < (count < kLanes ? count : kLanes); ++lane) to[lane] = static_cast<uint8_t>(codes[lane] + 128);
+  for (int lane = 0; lane < (count < kLanes ? count : kLanes); ++lane) to[lane] = static_cast<uint8_t>(values[lane]);
 #endif
 }
 
-// Writes codes of whole vectors between two bounds. Passed by value, so that it is in registers: what is written might be
-// there, for all that a compiler knows.
+// Writes codes as bytes with 128 added.
+inline void store_codes(uint8_t* to, Ints codes, int count) { store_bytes(to, codes + 128, count); }
+
+inline Ints smaller(Ints a, Ints b) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline Ints larger(Ints a, Ints b) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Writes codes of whole vectors by a product with the inverse of their scale, half the instructions of an exact quotient.
+// The code is what the quotient exceeds the middles between codes by: 256.5 + 128 is added, so that it is in the eight bits
+// above the last 15, which are units of 2^-15. All that is rounded on the way is less than one of them, and so is what is
+// right for the quotient that is then one unit more, unless less than two are left over. Floats are in order as integers are.
+// Passed by value, so that it is in registers: what is written might be there, for all that a compiler knows.
 struct Brief {
   uint8_t* codes;
-  Floats low, high, scale, inverse;
+  Floats inverse;
+  Ints low, high;  // the bounds, as `bits` has them
 
-  // Of numbers alone.
-  __attribute__((always_inline)) void operator()(Floats v, int64_t at) const {
-#if defined(__AVX512F__)
-    store_quotients(codes + at, v, low, high, scale, inverse);
-#else
-    store_codes(codes + at, quotients(v, low, high, scale, inverse), kLanes);
-#endif
+  static constexpr int kUnits = 15;
+
+  explicit Brief(const ConvolutionEpilogue& e, uint8_t* codes)
+      : codes(codes),
+        inverse(Floats{} + e.code_scale.inverse),
+        low((Ints)(Floats{} + (e.low_code + 384.5f))),
+        high((Ints)(Floats{} + (e.high_code + 384.5f))) {}
+
+  // What is left over beyond the last middles, with `least` of others: where that is zero, the code may be wrong.
+  __attribute__((always_inline)) Ints operator()(Floats v, int64_t at, Ints least) const {
+    const Ints bits = smaller(larger((Ints)(v * inverse + (384.5f + 0x1p-15f)), low), high);
+    store_bytes(codes + at, bits >> kUnits, kLanes);
+    return smaller(least, bits & ((1 << kUnits) - 2));
   }
-  void silu_of(Floats v, int64_t at) const {
-    store_codes(codes + at, quotients(silu(v), low, high, scale, inverse), kLanes);
-  }
+  static Ints most() { return Ints{} + (1 << kUnits); }
 };
+
+// Whether one of the codes may be wrong.
+__attribute__((always_inline)) inline bool in_doubt(Ints least) {
+#if defined(__AVX512F__)
+  return _mm512_testn_epi32_mask((__m512i)least, (__m512i)least) != 0;
+#else
+  bool found = false;
+  for (int lane = 0; lane < kLanes; ++lane) found |= least[lane] == 0;
+  return found;
+#endif
+}
 
 // Writes channels. Holds copies, since what is written might be what a pointer to them points at, for all that a compiler
 // knows.
@@ -180,18 +212,18 @@ struct Finish {
 
   // Whether `brief` may be called for whole vectors: no more than bounds, and then codes.
   bool is_brief() const { return numbers && gives_codes() && e.activation != ConvolutionActivation::kSilu; }
-  // Whether its `silu_of` may be.
+  // Whether `silu_of` may be.
   bool is_silu() const { return gives_codes() && e.activation == ConvolutionActivation::kSilu; }
   bool gives_codes() const {
     return kHasQuotients && codes != nullptr && e.residual == nullptr && e.code_scale.inverse != 0.0f;
   }
-  __attribute__((always_inline)) Brief brief() const {
-    const float most = 127.0f * e.code_scale.scale;
-    const bool clamps = e.activation == ConvolutionActivation::kClamp;
-    return {codes, Floats{} + within(clamps ? e.low : -most, most), Floats{} + within(clamps ? e.high : most, most),
-            Floats{} + e.code_scale.scale, Floats{} + e.code_scale.inverse};
+  __attribute__((always_inline)) Brief brief() const { return Brief(e, codes); }
+  void silu_of(const Brief& brief, Floats v, int64_t at) const {
+    v = silu(v);
+    Ints left = brief(v, at, Brief::most());
+    left = v == v ? left : Ints{};
+    if (in_doubt(left)) store_codes(codes + at, codes_of_values(e.code_scale, v), kLanes);
   }
-  static float within(float x, float most) { return x < -most ? -most : x > most ? most : x; }
 
   // `v` has its bias already; `count` channels from a position of the result on.
   void operator()(Floats v, int64_t at, int count) const {
@@ -223,17 +255,7 @@ struct Bounds {
     return p.codes == nullptr && p.epilogue.residual == nullptr &&
            p.epilogue.activation != ConvolutionActivation::kSilu;
   }
-  // The operands are in the order in which the instructions give NaN back.
-  Floats operator()(Floats v) const {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)v));
-#elif defined(__AVX2__)
-    return (Floats)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
-#else
-    v = v < low ? low : v;
-    return v > high ? high : v;
-#endif
-  }
+  Floats operator()(Floats v) const { return bounded(v, low, high); }
 };
 
 }  // namespace lepton::VARIANT

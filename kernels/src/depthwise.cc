@@ -1,8 +1,9 @@
 // Depthwise convolutions of codes of images with their channels last: see convolution.h. Compiled once per instruction set.
 //
 // A few pixels beside each other share the weights that are loaded, and those columns of the image that several of their
-// windows have. What is outside of the image is read from a row of
-// zeros, so that the sum of a channel's weights, times 128, is what bytes with 128 added give too much everywhere.
+// windows have. Where an instruction multiplies four bytes, they are of four rows of the window. What is outside of the
+// image is read from a row of zeros, so that the sum of a channel's weights, times 128, is what bytes with 128 added give
+// too much everywhere.
 #include "convolution_finish.h"
 
 namespace lepton::VARIANT {
@@ -12,6 +13,17 @@ typedef uint32_t Unsigned32 __attribute__((vector_size(4 * kLanes)));  // sums m
 
 constexpr int kPixels = 4, kVectors = 2;
 constexpr int64_t kMostPositions = 64;  // whose places are held at once
+#if defined(__AVX512VNNI__)
+constexpr int kRowsOfLane = 4;
+#else
+constexpr int kRowsOfLane = 1;
+#endif
+
+// The weights of a row of the window, of lanes with those of several.
+inline Ints weights_of(Ints lanes, int64_t row) {
+  if constexpr (kRowsOfLane == 1) return lanes;
+  return lanes << static_cast<int>(24 - 8 * (row % kRowsOfLane)) >> 24;
+}
 
 // Adds products of bytes that were widened to 32 bits and of weights; both fit into 16.
 inline Ints add_products(Ints sum, Ints x, Ints w) {
@@ -44,12 +56,13 @@ struct Places {
 // Of the last vector not all channels may be there.
 template <int P, int V, bool kWhole>
 inline void add(Ints (&sums)[P][V], const Convolution& p, const Places& places, int64_t first, int64_t count, int64_t c) {
-  const int64_t stride = p.stride;
-  const int32_t* weights = static_cast<const int32_t*>(p.weights) + first * stride + c;
-  for (int64_t k = 0; k < count; ++k, weights += stride) {
+  const int64_t k_w = p.window.k_w;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t kh = (first + k) / k_w, kw = (first + k) % k_w;
+    const int32_t* weights = static_cast<const int32_t*>(p.weights) + (kh / kRowsOfLane * k_w + kw) * p.stride + c;
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const Ints w = *reinterpret_cast<const Ints*>(weights + v * kLanes);
+      const Ints w = weights_of(*reinterpret_cast<const Ints*>(weights + v * kLanes), kh);
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i) {
         const uint8_t* from = places.at[k][i] + c + v * kLanes;
@@ -82,35 +95,78 @@ struct Columns {
 
   Columns(const Window& w, const uint8_t* x, const uint8_t* zeros, int64_t row, int64_t column, int count) {
     const int64_t left = column * w.stride_w - w.left;
+    const bool whole = left >= 0 && left + count <= w.w;
     for (int64_t kh = 0; kh < w.k_h; ++kh) {
       const int64_t y = row * w.stride_h - w.top + kh * w.dilation_h;
       const bool inside = y >= 0 && y < w.h;
+      const uint8_t* const first = x + (y * w.w + left) * w.c;
       for (int j = 0; j < count; ++j)
-        at[kh][j] = inside && left + j >= 0 && left + j < w.w ? x + (y * w.w + left + j) * w.c : zeros;
+        at[kh][j] = inside && (whole || (left + j >= 0 && left + j < w.w)) ? first + j * w.c : zeros;
     }
   }
 };
 
-// As `add`, of windows of KW columns, S between two: each column is read once for all pixels.
-template <int P, int V, int KW, int S>
-inline void add_columns(Ints (&sums)[P][V], const Convolution& p, const Columns& columns, int64_t c) {
+// A column of R rows of the window from `kh` on, as products take it: the bytes of a channel beside each other, or one.
+template <int R>
+inline Ints column_of(const Columns& columns, int64_t kh, int j, int64_t c) {
+  static_assert(R <= kRowsOfLane);
+#if defined(__AVX512VNNI__)
+  // Each byte of a row four times; those that other rows do not replace meet weights of zero.
+  const __m512i four = (__m512i)(Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x01010101);
+  const auto row = [&](int r) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns.at[kh + r][j] + c)));
+  };
+  __m512i bytes = _mm512_shuffle_epi8(row(0), four);
+  if constexpr (R > 1) bytes = _mm512_mask_shuffle_epi8(bytes, 0x2222222222222222, row(1), four);
+  if constexpr (R > 2) bytes = _mm512_mask_shuffle_epi8(bytes, 0x4444444444444444, row(2), four);
+  if constexpr (R > 3) bytes = _mm512_mask_shuffle_epi8(bytes, 0x8888888888888888, row(3), four);
+  return (Ints)bytes;
+#else
+  return widen_unsigned(columns.at[kh][j] + c);
+#endif
+}
+
+inline Ints add_column(Ints sum, Ints x, Ints w) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies sums
+  return sum;
+#else
+  return add_products(sum, x, w);
+#endif
+}
+
+// As `add`, of R rows from `kh` on of windows of KW columns, S between two: each column is read once for all pixels.
+template <int P, int V, int KW, int S, int R>
+inline void add_rows(Ints (&sums)[P][V], const Convolution& p, const Columns& columns, int64_t kh, int64_t c) {
   constexpr int kColumns = (P - 1) * S + KW;
   static_assert(kColumns <= kMostColumns);
-  const int32_t* weights = static_cast<const int32_t*>(p.weights) + c;
-  for (int64_t kh = 0; kh < p.window.k_h; ++kh, weights += KW * p.stride) {
+  const int32_t* weights = static_cast<const int32_t*>(p.weights) + kh / kRowsOfLane * KW * p.stride + c;
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      Ints w[KW];
+  for (int v = 0; v < V; ++v) {
+    Ints w[KW];
 #pragma GCC unroll 5
-      for (int k = 0; k < KW; ++k) w[k] = *reinterpret_cast<const Ints*>(weights + k * p.stride + v * kLanes);
+    for (int k = 0; k < KW; ++k) w[k] = *reinterpret_cast<const Ints*>(weights + k * p.stride + v * kLanes);
 #pragma GCC unroll 11
-      for (int j = 0; j < kColumns; ++j) {
-        const Ints x = widen_unsigned(columns.at[kh][j] + c + v * kLanes);
+    for (int j = 0; j < kColumns; ++j) {
+      const Ints x = column_of<R>(columns, kh, j, c + v * kLanes);
 #pragma GCC unroll 4
-        for (int i = 0; i < P; ++i)
-          if (j - i * S >= 0 && j - i * S < KW) sums[i][v] = add_products(sums[i][v], x, w[j - i * S]);
-      }
+      for (int i = 0; i < P; ++i)
+        if (j - i * S >= 0 && j - i * S < KW) sums[i][v] = add_column(sums[i][v], x, w[j - i * S]);
     }
+  }
+}
+
+template <int P, int V, int KW, int S>
+inline void add_columns(Ints (&sums)[P][V], const Convolution& p, const Columns& columns, int64_t c) {
+  for (int64_t kh = 0; kh < p.window.k_h; kh += kRowsOfLane) {
+#if defined(__AVX512VNNI__)
+    const int64_t rows = p.window.k_h - kh;
+    if (rows >= 4) add_rows<P, V, KW, S, 4>(sums, p, columns, kh, c);
+    if (rows == 3) add_rows<P, V, KW, S, 3>(sums, p, columns, kh, c);
+    if (rows == 2) add_rows<P, V, KW, S, 2>(sums, p, columns, kh, c);
+    if (rows > 1) continue;
+#endif
+    add_rows<P, V, KW, S, 1>(sums, p, columns, kh, c);
   }
 }
 
@@ -128,7 +184,6 @@ template <int P, int V, bool kWhole>
 inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)[P][V], int64_t pixel, float row_scale,
                   int64_t c) {
   const int64_t apart = p.window.c;
-  const bool is_brief = kWhole && finish.is_brief();
   const Brief brief = finish.brief();
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
@@ -136,14 +191,17 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
     const int count = kWhole ? kLanes : static_cast<int>(apart - at);
     const Floats factor = row_scale * load(p.scale + at);
     const Floats bias = bias_at(finish.e, at);
+    Floats values[P];
 #pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) {
-      const Floats value = as_floats(sums[i][v]) * factor + bias;
-      if (is_brief)
-        brief(value, (pixel + i) * apart + at);
-      else
-        finish(value, (pixel + i) * apart + at, count);
+    for (int i = 0; i < P; ++i) values[i] = as_floats(sums[i][v]) * factor + bias;
+    if (kWhole && finish.is_brief()) {
+      Ints least = Brief::most();
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) least = brief(values[i], (pixel + i) * apart + at, least);
+      if (!in_doubt(least)) continue;
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) finish(values[i], (pixel + i) * apart + at, count);
   }
 }
 
@@ -247,6 +305,6 @@ void round(const float* x, int64_t count, CodeScale scale, uint8_t* to) {
 
 }  // namespace
 
-extern const DepthwiseVariant depthwise_codes = {rows, round};
+extern const DepthwiseVariant depthwise_codes = {kRowsOfLane, rows, round};
 
 }  // namespace lepton::VARIANT
