@@ -20,7 +20,7 @@ constexpr double kPart = 1 << 18;
 // worth giving parts to one that is awake.
 constexpr double kDepthwise = 1 << 20, kFewer = 8;
 // Values of a part that are only moved or compared, and fewer than are worth waking another thread for.
-constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 18;
+constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 17;
 
 // Multiplications that are worth sharing now, if so many are worth waking another thread for.
 double worth(double products) { return others_are_awake() ? products / kFewer : products; }
@@ -50,13 +50,15 @@ void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, bool cod
   }
   const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(products / kPart), 1, 4 * threads);
   const int64_t lanes = variant.codes.lanes, vectors = p.stride / lanes;
-  // Parts of fewer columns than a tile has would read the image for little.
+  // Columns in whole tiles, if the weights are what is more to read.
   const int64_t tiles = (vectors + variant.columns - 1) / variant.columns;
-  if (pixels < 256 && tiles >= threads) {
-    const int64_t parts = std::min(wanted, (tiles + threads - 1) / threads * threads);
+  const int64_t weight_bytes = w.runs() * p.steps * p.stride * 4, image_bytes = pixels * w.c * (codes ? variant.codes.bytes : 4);
+  if (pixels < 256 && tiles >= threads && weight_bytes > image_bytes) {
+    const int64_t parts = std::min(wanted, tiles);
     prepare(0, pixels);
     run_parts(pool, parts, [&](int64_t at) {
-      part(p, 0, pixels, vectors * at / parts * lanes, vectors * (at + 1) / parts * lanes);
+      const int64_t begin = tiles * at / parts * variant.columns, end = tiles * (at + 1) / parts * variant.columns;
+      part(p, 0, pixels, begin * lanes, std::min(end, vectors) * lanes);
     });
     return;
   }

@@ -66,7 +66,18 @@ inline void store_some(float* to, Floats values, int count) {
 #endif
 }
 
-inline Floats silu(Floats v) { return v / (1.0f + exponential(-v)); }
+inline Floats silu(Floats v) {
+  const Floats divisor = 1.0f + exponential(-v);
+#if defined(__AVX512F__)
+  // A step of Newton's method from 14 bits, which takes a third of a division's time; infinity has the inverse 0 as it is.
+  const __m512 d = (__m512)divisor, inverse = _mm512_rcp14_ps(d);
+  const __mmask16 finite = _mm512_cmp_ps_mask(d, _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+  const __m512 wrong = _mm512_fnmadd_ps(d, inverse, _mm512_set1_ps(1.0f));
+  return v * (Floats)_mm512_mask_fmadd_ps(inverse, finite, wrong, inverse);
+#else
+  return v / divisor;
+#endif
+}
 
 inline Floats activated(const ConvolutionEpilogue& e, Floats v) {
   if (e.activation == ConvolutionActivation::kClamp) {
@@ -162,34 +173,37 @@ inline Ints larger(Ints a, Ints b) {
 #endif
 }
 
-// Writes codes of whole vectors by a product with the inverse of their scale, half the instructions of an exact quotient.
-// The code is what the quotient exceeds the middles between codes by: 256.5 + 128 is added, so that it is in the eight bits
-// above the last 15, which are units of 2^-15. All that is rounded on the way is less than one of them, and so is what is
-// right for the quotient that is then one unit more, unless less than two are left over. Floats are in order as integers are.
-// Passed by value, so that it is in registers: what is written might be there, for all that a compiler knows.
+// Writes codes of whole vectors by a product with the inverse of their scale, which takes fewer instructions than a
+// quotient. 256 + 128.5 are added to it: so the code with 128 added is in the eight bits above the last 15, and in those is
+// by how much the middle between two codes is exceeded, in units of 2^-15. All that is rounded on the way is less than one
+// unit. So one more is added, and the code is right unless less than two are left over. Bounds are applied to the bits,
+// which are in order as floats are. Passed by value, so that it is in registers: what is written might be there, for all
+// that a compiler knows.
 struct Brief {
   uint8_t* codes;
   Floats inverse;
-  Ints low, high;  // the bounds, as `bits` has them
+  Ints low, high;  // the codes of the bounds, half a code beyond the middle
 
   static constexpr int kUnits = 15;
+  static constexpr float kAdded = 256.0f + 128.5f;
 
   explicit Brief(const ConvolutionEpilogue& e, uint8_t* codes)
       : codes(codes),
         inverse(Floats{} + e.code_scale.inverse),
-        low((Ints)(Floats{} + (e.low_code + 384.5f))),
-        high((Ints)(Floats{} + (e.high_code + 384.5f))) {}
+        low((Ints)(Floats{} + (e.low_code + kAdded))),
+        high((Ints)(Floats{} + (e.high_code + kAdded))) {}
 
-  // What is left over beyond the last middles, with `least` of others: where that is zero, the code may be wrong.
+  // What is left over, in pairs of units, or `least` of others. Where that is zero, the code may be wrong.
   __attribute__((always_inline)) Ints operator()(Floats v, int64_t at, Ints least) const {
-    const Ints bits = smaller(larger((Ints)(v * inverse + (384.5f + 0x1p-15f)), low), high);
+    const Ints bits = smaller(larger((Ints)(v * inverse + (kAdded + 0x1p-15f)), low), high);
     store_bytes(codes + at, bits >> kUnits, kLanes);
     return smaller(least, bits & ((1 << kUnits) - 2));
   }
+  // The `least` of none.
   static Ints most() { return Ints{} + (1 << kUnits); }
 };
 
-// Whether one of the codes may be wrong.
+// Whether one of the codes may be wrong that `least` is of.
 __attribute__((always_inline)) inline bool in_doubt(Ints least) {
 #if defined(__AVX512F__)
   return _mm512_testn_epi32_mask((__m512i)least, (__m512i)least) != 0;

@@ -29,8 +29,8 @@ constexpr int kLooks = 1000;
 // it takes microseconds to come, and some 50 once it sleeps; one model's next kernel mostly begins sooner. Longer would keep
 // XLA's own operations waiting for it.
 constexpr int64_t kStays = 20'000;
-// And at most, if there always is more, so that other work of its pool comes to its turn.
-constexpr int64_t kStaysAtMost = 1'000'000;
+// And at most, if there always is more, so that other work of its pool comes to its turn: as long as one image takes.
+constexpr int64_t kStaysAtMost = 10'000'000;
 
 inline int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -86,11 +86,12 @@ class Board {
 inline bool others_are_awake() { return Board::of_process().idle() > 0; }
 
 // Calls work(i) for each i below `count`. The calling thread takes parts like all others and waits only for parts that
-// another thread has begun: so it cannot wait for ever, even if it is the pool's only thread.
+// another thread has begun: so it cannot wait for ever, even if it is the pool's only thread. It takes them from the first
+// on and others from the last, so that parts of an image are mostly where the kernel before has left them.
 template <typename Work>
 void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
   struct State {
-    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<int64_t> taken{0}, first{0}, last{0}, done{0};
     std::mutex mutex;
     std::condition_variable finished;
   };
@@ -101,9 +102,9 @@ void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
   }
   auto state = std::make_shared<State>();
   // A helper that comes late finds nothing left; it must not touch `work`, which is gone by then.
-  auto take = [state, count, &work] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      work(i);
+  const auto take = [state, count, &work](bool helps) {
+    while (state->taken.fetch_add(1) < count) {
+      work(helps ? count - 1 - state->last.fetch_add(1) : state->first.fetch_add(1));
       if (state->done.fetch_add(1) + 1 == count) {
         std::lock_guard<std::mutex> lock(state->mutex);
         state->finished.notify_one();
@@ -112,13 +113,13 @@ void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
   };
   Board& board = Board::of_process();
   const int64_t there = std::min(helpers, board.idle());
-  if (there > 0) board.post(take);
+  if (there > 0) board.post([take] { take(true); });
   for (int64_t helper = there; helper < helpers; ++helper)
     pool.Schedule([take, &board] {
-      take();
+      take(true);
       board.stay();
     });
-  take();
+  take(false);
   for (int look = 0; look < kLooks && state->done.load() != count; ++look) pause();
   if (state->done.load() == count) return;
   std::unique_lock<std::mutex> lock(state->mutex);
