@@ -234,6 +234,10 @@ def deploy(
             refused.append(
                 (target, recipe, alone if least > slo.seconds else f"takes over {_MOST_REPLICAS:,} replicas")
             )
+    for target, recipe in dict.fromkeys((each.target, each.recipe) for each in prices.measured):
+        if target in targets and recipe not in measured_here:
+            why = f"times of {recipe!r} are given, which is none of the recipes that hold: {', '.join(measured_here)}"
+            refused.append((target, recipe, why))
     cheapest = sorted(found, key=lambda each: (each.per_million, each.seconds))
     return Deployments(tuple(cheapest), tuple(refused), tuple(compared), prices.currency)
 

@@ -124,6 +124,13 @@ def test_prices_that_are_none(text, said):
         Prices.parse(text, "f")
 
 
+def test_times_of_a_recipe_that_is_none_are_told():
+    prices = Prices({"cpu": 1.0}, measured=[Measured("cpu", "int9", 1, 9.0), Measured("h100", "int8", 1, 9.0)])
+    found = deploy({"float": TIMES}, predict, targets=["cpu"], prices=prices, slo=Slo(0.99, 1), rate=1)
+    said = "times of 'int9' are given, which is none of the recipes that hold: float"
+    assert found.refused == (("cpu", "int9", said),)
+
+
 def test_more_replicas_than_are_tried_is_another_reason():
     found = deploy({"float": TIMES}, predict, targets=["cpu"], prices=Prices({"cpu": 1.0}), slo=Slo(0.99, 1), rate=1e9)
     assert found.refused == (("cpu", "float", "takes over 16,384 replicas"),)
