@@ -168,7 +168,10 @@ def push(
         else:
             tell = lambda sent, total: step(f"push {artifact}: {100 * sent // max(total, 1)} %")  # noqa: E731
             pushed = repository.push(artifact, name, version, tell)
-    stood = None if label is None else repository.promote(name, pushed, label)
+    try:
+        stood = None if label is None else repository.promote(name, pushed, label)
+    except LeptonError as error:  # or it is pushed again
+        raise LeptonError(f"{name}: version {pushed} is pushed, and {label!r} was not moved to it: {error}") from error
     wait_for(name, pushed, label)
     if as_json:
         promoted = {} if label is None else {"label": label, "stood_on": stood}

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import msgspec
@@ -44,9 +44,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     artifact: str
-    replicas: int = 1
-    cpus: float = 1.0
-    max_ongoing_requests: int = 256
+    replicas: Annotated[int, msgspec.Meta(ge=1)] = 1
+    cpus: Annotated[float, msgspec.Meta(ge=0, le=1 << 20)] = 1.0
+    max_ongoing_requests: Annotated[int, msgspec.Meta(ge=1)] = 256
     name: str | None = None
 
 

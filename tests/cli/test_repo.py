@@ -64,6 +64,14 @@ def test_refusals_are_one_line(cli, compiled, models, tmp_path):
     assert "no answer" in cli.refused("repo", "list", "http://127.0.0.1:9")
 
 
+def test_a_push_whose_label_cannot_move_says_what_it_pushed(cli, compiled, models):
+    (models / "plain").mkdir(parents=True)
+    (models / "plain" / "model.toml").write_text("versions = [")
+    said = cli.refused("repo", "push", models, compiled[0], "--promote", "stable")
+    assert "plain: version 1 is pushed, and 'stable' was not moved to it: model.toml: " in said
+    assert (models / "plain" / "1.lepton").is_dir()
+
+
 def test_weights_alone_are_pushed_where_they_fit(cli, compiled, models, tmp_path):
     update = tmp_path / "u.lepton"
     cli.ok("weights", "make", compiled[0], compiled[0], "-o", update)

@@ -18,6 +18,9 @@ from lepton_xla.serve.ray import application
         ({}, "missing required field `artifact`"),
         ({"artifact": "a", "replica": 2}, "unknown field `replica`"),
         ({"artifact": "a", "replicas": "two"}, "replicas"),
+        ({"artifact": "a", "replicas": "0"}, r"Expected `int` >= 1 - at `\$.replicas`"),
+        ({"artifact": "a", "cpus": "nan"}, "cpus"),
+        ({"artifact": "a", "max_ongoing_requests": -1}, "max_ongoing_requests"),
     ],
 )
 def test_arguments_that_it_does_not_take(args, part):
