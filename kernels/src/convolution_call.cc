@@ -20,7 +20,7 @@ constexpr double kPart = 1 << 18;
 // worth giving parts to one that is awake.
 constexpr double kDepthwise = 1 << 20, kFewer = 8;
 // Values of a part that are only moved or compared, and fewer than are worth waking another thread for.
-constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 17;
+constexpr int64_t kMovedPart = 1 << 15, kWorthMoving = 1 << 18;
 
 // Multiplications that are worth sharing now, if so many are worth waking another thread for.
 double worth(double products) { return others_are_awake() ? products / kFewer : products; }
