@@ -198,9 +198,9 @@ def plain(value: Any) -> Any:
     return value
 
 
-def print_json(document: Any) -> None:
-    """Print one JSON document on stdout."""
-    click.echo(json.dumps(plain(document), indent=2, allow_nan=False))
+def print_json(document: Any, *, line: bool = False) -> None:
+    """Print one JSON document on stdout; in one line where several follow one another."""
+    click.echo(json.dumps(plain(document), indent=None if line else 2, allow_nan=False))
 
 
 def seconds(value_s: float) -> str:

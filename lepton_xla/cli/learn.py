@@ -171,7 +171,7 @@ def learn(
                     raise
                 click.echo(f"leptonx: {first_line(error)}", err=True)
             if ended is not None:
-                _tell(ended, learner, as_json=as_json, output=output)
+                _tell(ended, learner, as_json=as_json, output=output, one=once)
             if figure is not None and plot is not None:
                 _draw(figure, plot, learner)
             if once:
@@ -202,7 +202,7 @@ def _rollout(path: str) -> dict[str, Any]:
     return {name: tuple(value) for name, value in found.items()}
 
 
-def _tell(ended: Round, learner: Learner, *, as_json: bool, output: str | None) -> None:
+def _tell(ended: Round, learner: Learner, *, as_json: bool, output: str | None, one: bool) -> None:
     windows = learner.tracked()
     if as_json:
         import msgspec
@@ -210,7 +210,7 @@ def _tell(ended: Round, learner: Learner, *, as_json: bool, output: str | None) 
         document = {**msgspec.to_builtins(ended), "accuracy": [window._asdict() for window in windows]}
         if output is not None and ended.phase == "kept":
             document["path"] = output
-        _common.print_json(document)
+        _common.print_json(document, line=not one)
         return
     kept = f" as {output}" if output is not None and ended.phase == "kept" else ""
     version = f", version {ended.version}" if ended.version else ""

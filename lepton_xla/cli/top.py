@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -15,6 +14,7 @@ import click
 
 from lepton_xla.cli import _common
 from lepton_xla.cli.tables import Table, printable, show
+from lepton_xla.errors import ServeError, first_line
 
 if TYPE_CHECKING:
     from lepton_xla.serve.client import Client
@@ -53,7 +53,7 @@ def top(url: str, *, interval: float, once: bool, as_json: bool, **access: Any) 
         if as_json or once or not sys.stdout.isatty():
             for rows in itertools.islice(looks, 1 if once else None):
                 if as_json:
-                    click.echo(json.dumps({"url": url, "models": rows}))
+                    _common.print_json({"url": url, "models": rows}, line=True)
                 else:
                     show(_table(rows))
         else:
@@ -90,9 +90,15 @@ def figures_of(text: str) -> Figures:
     from prometheus_client.parser import text_string_to_metric_families
 
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for family in text_string_to_metric_families(text):
+    try:
+        families = list(text_string_to_metric_families(text))
+    except ValueError as error:
+        raise ServeError(f"what /metrics says is not in Prometheus' format: {first_line(error)}") from error
+    for family in families:
         for sample in family.samples:
             labels = sample.labels
+            if not math.isfinite(sample.value):
+                continue
             if sample.name.startswith(_PREFIX) and "model" in labels and "version" in labels:
                 name = sample.name.removeprefix(_PREFIX) + labels.get("le", "") + labels.get("device", "")
                 found.setdefault((labels["model"], labels["version"]), {})[name] = sample.value

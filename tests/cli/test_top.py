@@ -32,6 +32,13 @@ lepton_model_devices{device="0",model="a",version="1"} 2
 """
 
 
+def test_what_is_no_scrape_and_what_is_no_number():
+    with pytest.raises(lx.ServeError, match="what /metrics says is not in Prometheus' format"):
+        figures_of("<html>no</html>")
+    odd = figures_of('lepton_model_bytes{model="a",version="1"} +Inf\nlepton_queue_rows{model="a",version="1"} NaN')
+    assert rows_of({}, odd, 1.0, {}) == []
+
+
 def test_rates_are_those_between_two_scrapes():
     # 200 requests in 4 s, of which 190 within 1 ms and 199 within 10; a second of the device in four.
     (row, other) = rows_of(figures_of(BEFORE), figures_of(AFTER), 4.0, {("b", "2"): "LOADING"})

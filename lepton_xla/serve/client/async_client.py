@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.client import documents
 from lepton_xla.serve.client.calls import (
     Attempts,
     Caller,
@@ -89,7 +90,9 @@ class AsyncClient(Caller):
         attempts = self._attempts(timeout_s)
         path = f"{route(await self._name(model, attempts))}/feedback"
         if not self._replicas.several:
-            return json_of(await self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+            return json_of(
+                await self._call(self._plain(path, "POST", feedback_of(labels)), attempts), documents.JudgedTold
+            )["rows"]
         bodies = [feedback_of({name: label}) for name, label in labels.items()]
         return sum([await self._judge(self._plain(path, "POST", body), timeout_s) for body in bodies])
 
@@ -99,19 +102,19 @@ class AsyncClient(Caller):
 
     async def traffic(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.traffic`."""
-        return await self._get(model, "/traffic")
+        return await self._get(model, "/traffic", documents.TrafficTold)
 
     async def rollout(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.rollout`."""
-        return await self._get(model, "/rollout")
+        return await self._get(model, "/rollout", documents.RolloutTold)
 
     async def adjustment(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.adjustment`."""
-        return await self._get(model, "/adjustment")
+        return await self._get(model, "/adjustment", documents.AdjustmentTold)
 
     async def metadata(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.metadata`."""
-        return await self._get(model, "")
+        return await self._get(model, "", documents.MetadataTold)
 
     async def config(self, model: str | None = None) -> dict[str, Any]:
         """See `Client.config`."""
@@ -123,7 +126,7 @@ class AsyncClient(Caller):
 
     async def server(self) -> dict[str, Any]:
         """See `Client.server`."""
-        return json_of(await self._call(self._plain("/v2"), self._attempts()))
+        return json_of(await self._call(self._plain("/v2"), self._attempts()), documents.Named)
 
     async def metrics(self) -> str:
         """See `Client.metrics`."""
@@ -131,7 +134,9 @@ class AsyncClient(Caller):
 
     async def index(self) -> list[dict[str, Any]]:
         """See `Client.index`."""
-        return json_of(await self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
+        return json_of(
+            await self._call(self._plain("/v2/repository/index", "POST"), self._attempts()), list[documents.Named]
+        )
 
     async def ready(self, model: str | None = None) -> bool:
         """See `Client.ready`."""
@@ -162,7 +167,10 @@ class AsyncClient(Caller):
         if model is not None:
             return model
         if self._model is None:
-            self._model = only(json_of(await self._call(self._plain("/v2/repository/index", "POST"), attempts)))
+            found = json_of(
+                await self._call(self._plain("/v2/repository/index", "POST"), attempts), list[documents.Named]
+            )
+            self._model = only(found)
         return self._model
 
     async def _judge(self, request: RequestOf, timeout_s: float | None) -> int:
@@ -175,11 +183,12 @@ class AsyncClient(Caller):
                 search.heard(await self._call(request, attempts))
             except RequestError as error:
                 search.missed(error)
-        return json_of(search.answer())["rows"]
+        return json_of(search.answer(), documents.JudgedTold)["rows"]
 
-    async def _get(self, model: str | None, action: str) -> dict[str, Any]:
+    async def _get(self, model: str | None, action: str, kind: Any = dict[str, Any]) -> dict[str, Any]:
         attempts = self._attempts()
-        return json_of(await self._call(self._plain(route(await self._name(model, attempts)) + action), attempts))
+        path = route(await self._name(model, attempts)) + action
+        return json_of(await self._call(self._plain(path), attempts), kind)
 
     async def _probe(self, path: str) -> bool:
         try:

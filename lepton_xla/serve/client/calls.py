@@ -234,16 +234,25 @@ def checked(answer: Answer) -> Answer:
     raise kind(answer.status, "".join(char if char.isprintable() else " " for char in message[:_LONGEST_MESSAGE]))
 
 
-def json_of(answer: Answer) -> Any:
+def json_of(answer: Answer, kind: Any = Any) -> Any:
     """What a good answer says.
+
+    Args:
+        answer: the answer.
+        kind: what there must be of it; more may be. Whoever answers at a URL need not be such a server.
 
     Raises:
         RequestError: for another answer.
     """
     try:
-        return msgspec.json.decode(checked(answer).body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        found = msgspec.json.decode(checked(answer).body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(answer.status, f"the server's answer is not JSON: {error}") from error
+    try:
+        msgspec.convert(found, kind)
+    except msgspec.ValidationError as error:
+        raise RequestError(answer.status, f"the server's answer is not what this route says: {error}") from error
+    return found
 
 
 def text_of(answer: Answer) -> str:

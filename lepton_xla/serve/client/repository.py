@@ -15,6 +15,7 @@ import msgspec
 from lepton_xla.errors import ArtifactError, ServeError
 from lepton_xla.files.copies import listing_of, open_file, signature_of
 from lepton_xla.files.listing import MANIFEST, FileEntry
+from lepton_xla.serve.client import documents
 from lepton_xla.serve.client.calls import RequestOf, json_of, route
 from lepton_xla.serve.client.sync_client import Client
 from lepton_xla.serve.client.transport import RequestError
@@ -52,7 +53,7 @@ class RepositoryClient(Client):
 
     def models(self) -> list[dict[str, Any]]:
         """The models with their versions, sizes and labels."""
-        return json_of(self._call(self._plain("/v2/repository/models"), self._attempts()))
+        return json_of(self._call(self._plain("/v2/repository/models"), self._attempts()), list[documents.ModelTold])
 
     def push(
         self,
@@ -77,7 +78,9 @@ class RepositoryClient(Client):
             RequestError: if the server refuses it, or cannot be reached.
         """
         path = f"/v2/repository/models/{quote(name, safe='')}/versions" + (f"/{version}" if version else "")
-        return self._change_by(pathlib.Path(artifact), tell, lambda sent: self._change("POST", path, sent))["version"]
+        return self._change_by(
+            pathlib.Path(artifact), tell, lambda sent: self._change(documents.PushedTold, "POST", path, sent)
+        )["version"]
 
     def wait(self, name: str, version: str, label: str | None = None, *, seconds: float = 60.0) -> None:
         """Wait until the server answers by a version.
@@ -139,12 +142,14 @@ class RepositoryClient(Client):
         """
         return self._change_by(
             pathlib.Path(artifact), tell,
-            lambda sent: self._change("PUT", f"{route(name)}/adjustment", {**plan, "manifest": sent["manifest"]}),
+            lambda sent: self._change(
+                documents.AdjustmentTold, "PUT", f"{route(name)}/adjustment", {**plan, "manifest": sent["manifest"]}
+            ),
         )  # fmt: skip
 
     def stop_adjustment(self, name: str) -> dict[str, Any]:
         """Have the last step go on serving; returns the adjustment."""
-        return self._change("DELETE", f"{route(name)}/adjustment")
+        return self._change(documents.AdjustmentTold, "DELETE", f"{route(name)}/adjustment")
 
     def _change_by(
         self,
@@ -194,16 +199,20 @@ class RepositoryClient(Client):
 
     def promote(self, name: str, version: str, label: str = "stable") -> str | None:
         """Move a label to a version; returns the one that it stood on before."""
-        return self._change("POST", _label(name, label), {"version": version})["stood_on"]
+        return self._change(documents.MovedTold, "POST", _label(name, label), {"version": version})["stood_on"]
 
     def rollback(self, name: str, label: str = "stable") -> tuple[str, str]:
         """Move a label back; returns the version that it stood on, and the one that it stands on now."""
-        moved = self._change("POST", _label(name, label), {"rollback": True})
+        moved = self._change(documents.MovedTold, "POST", _label(name, label), {"rollback": True})
         return moved["stood_on"], moved["stands_on"]
 
     def remove(self, name: str, version: str) -> None:
         """Remove a version."""
-        self._change("DELETE", f"/v2/repository/models/{quote(name, safe='')}/versions/{quote(version, safe='')}")
+        self._change(
+            documents.Named,
+            "DELETE",
+            f"/v2/repository/models/{quote(name, safe='')}/versions/{quote(version, safe='')}",
+        )
 
     def set_traffic(self, name: str, traffic: Mapping[str, Any]) -> dict[str, Any]:
         """Share the requests for a model among its versions.
@@ -215,11 +224,11 @@ class RepositoryClient(Client):
         Returns:
             What `traffic` answers afterwards.
         """
-        return self._change("PUT", f"{route(name)}/traffic", traffic)
+        return self._change(documents.TrafficTold, "PUT", f"{route(name)}/traffic", traffic)
 
     def clear_traffic(self, name: str) -> dict[str, Any]:
         """Send all requests to one version again; returns what `traffic` answers afterwards."""
-        return self._change("DELETE", f"{route(name)}/traffic")
+        return self._change(documents.TrafficTold, "DELETE", f"{route(name)}/traffic")
 
     def start_rollout(self, name: str, rollout: Mapping[str, Any]) -> dict[str, Any]:
         """Have a version take the place of the stable one, in stages and as long as it does well.
@@ -231,15 +240,16 @@ class RepositoryClient(Client):
         Returns:
             The rollout, as `rollout` answers.
         """
-        return self._change("PUT", f"{route(name)}/rollout", rollout)
+        return self._change(documents.RolloutTold, "PUT", f"{route(name)}/rollout", rollout)
 
     def stop_rollout(self, name: str) -> dict[str, Any]:
         """Have the stable version answer all requests again; returns the rollout."""
-        return self._change("DELETE", f"{route(name)}/rollout")
+        return self._change(documents.RolloutTold, "DELETE", f"{route(name)}/rollout")
 
     def _sizes(self, digests: list[str]) -> dict[str, int]:
         request = self._request("POST", "/v2/repository/blobs", msgspec.json.encode({"sha256": digests}))
-        return json_of(self._call(request, self._attempts()))["sizes"]
+        found = json_of(self._call(request, self._attempts()), documents.SizesTold)["sizes"]
+        return {digest: found.get(digest, 0) for digest in digests}
 
     def _send(
         self, folder: pathlib.Path, file: str, entry: FileEntry, offset: int, tell: Callable[[int], object]
@@ -262,13 +272,13 @@ class RepositoryClient(Client):
                     conflicts += 1
                     offset = self._sizes([entry.sha256])[entry.sha256]
                 else:
-                    offset = json_of(answer)["size"]
+                    offset = json_of(answer, documents.PieceTold)["size"]
                 tell(min(offset, entry.size))
 
-    def _change(self, method: str, path: str, body: Any = None) -> Any:
+    def _change(self, kind: Any, method: str, path: str, body: Any = None) -> Any:
         """One attempt: what changes something is not sent twice."""
         request = self._request(method, path, *(() if body is None else (msgspec.json.encode(body),)))
-        return json_of(self._call(request, self._attempts(max(self._timeout_s, _CHANGE_S), retries=0)))
+        return json_of(self._call(request, self._attempts(max(self._timeout_s, _CHANGE_S), retries=0)), kind)
 
     def _request(self, method: str, path: str, *body: bytes) -> RequestOf:
         return lambda there, left_s: there.request(method, path, body)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lepton_xla.errors import ServeError
+from lepton_xla.serve.client import documents
 from lepton_xla.serve.client.calls import (
     Attempts,
     Caller,
@@ -141,7 +142,9 @@ class Client(Caller):
         attempts = self._attempts(timeout_s)
         path = f"{route(self._name(model, attempts))}/feedback"
         if not self._replicas.several:
-            return json_of(self._call(self._plain(path, "POST", feedback_of(labels)), attempts))["rows"]
+            return json_of(self._call(self._plain(path, "POST", feedback_of(labels)), attempts), documents.JudgedTold)[
+                "rows"
+            ]
         bodies = [feedback_of({name: label}) for name, label in labels.items()]
         return sum(self._judge(self._plain(path, "POST", body), timeout_s) for body in bodies)
 
@@ -162,7 +165,7 @@ class Client(Caller):
         Traceback (most recent call last):
         lepton_xla.serve.client.transport.RequestError: ...this server has no repository of models...
         """
-        return self._get(model, "/traffic")
+        return self._get(model, "/traffic", documents.TrafficTold)
 
     def rollout(self, model: str | None = None) -> dict[str, Any]:
         """Ask for the last rollout of a model: its `state`, the `reason`, and all `decisions`.
@@ -172,7 +175,7 @@ class Client(Caller):
         Traceback (most recent call last):
         lepton_xla.serve.client.transport.RequestError: ...this server has no repository of models...
         """
-        return self._get(model, "/rollout")
+        return self._get(model, "/rollout", documents.RolloutTold)
 
     def adjustment(self, model: str | None = None) -> dict[str, Any]:
         """Ask for the last adjustment of a model: its `state`, the `step` that serves, `reason` and all `decisions`.
@@ -182,7 +185,7 @@ class Client(Caller):
         Traceback (most recent call last):
         lepton_xla.serve.client.transport.RequestError: ...this server has no repository of models...
         """
-        return self._get(model, "/adjustment")
+        return self._get(model, "/adjustment", documents.AdjustmentTold)
 
     def metadata(self, model: str | None = None) -> dict[str, Any]:
         """Ask for the names, datatypes and shapes of a model's inputs and outputs; -1 is a dimension that varies.
@@ -191,7 +194,7 @@ class Client(Caller):
         ...     client.metadata("double")["inputs"]
         [{'name': 'x', 'datatype': 'FP32', 'shape': [-1, 2]}]
         """
-        return self._get(model, "")
+        return self._get(model, "", documents.MetadataTold)
 
     def config(self, model: str | None = None) -> dict[str, Any]:
         """Ask for a model's configuration, as Triton writes it.
@@ -218,7 +221,7 @@ class Client(Caller):
         ...     client.server()["name"]
         'lepton_xla'
         """
-        return json_of(self._call(self._plain("/v2"), self._attempts()))
+        return json_of(self._call(self._plain("/v2"), self._attempts()), documents.Named)
 
     def metrics(self) -> str:
         """Ask for all figures of the server, in Prometheus' text format.
@@ -236,7 +239,7 @@ class Client(Caller):
         ...     client.index()
         [{'name': 'double', 'version': '1', 'state': 'READY'}]
         """
-        return json_of(self._call(self._plain("/v2/repository/index", "POST"), self._attempts()))
+        return json_of(self._call(self._plain("/v2/repository/index", "POST"), self._attempts()), list[documents.Named])
 
     def ready(self, model: str | None = None) -> bool:
         """Ask whether the server, or one model, takes requests now. One attempt; no answer is no.
@@ -288,7 +291,8 @@ class Client(Caller):
         if model is not None:
             return model
         if self._model is None:
-            self._model = only(json_of(self._call(self._plain("/v2/repository/index", "POST"), attempts)))
+            found = json_of(self._call(self._plain("/v2/repository/index", "POST"), attempts), list[documents.Named])
+            self._model = only(found)
         return self._model
 
     def _judge(self, request: RequestOf, timeout_s: float | None) -> int:
@@ -301,11 +305,12 @@ class Client(Caller):
                 search.heard(self._call(request, attempts))
             except RequestError as error:
                 search.missed(error)
-        return json_of(search.answer())["rows"]
+        return json_of(search.answer(), documents.JudgedTold)["rows"]
 
-    def _get(self, model: str | None, action: str) -> dict[str, Any]:
+    def _get(self, model: str | None, action: str, kind: Any = dict[str, Any]) -> dict[str, Any]:
         attempts = self._attempts()
-        return json_of(self._call(self._plain(route(self._name(model, attempts)) + action), attempts))
+        path = route(self._name(model, attempts)) + action
+        return json_of(self._call(self._plain(path), attempts), kind)
 
     def _probe(self, path: str) -> bool:
         try:

@@ -29,6 +29,7 @@ from lepton_xla.serve.client import AsyncClient, Client, DeadlineError, RequestE
 from lepton_xla.serve.client.calls import Attempts
 from lepton_xla.serve.client.endpoint import endpoint
 from lepton_xla.serve.client.replicas import Replicas
+from lepton_xla.serve.client.repository import RepositoryClient
 from lepton_xla.serve.client.transport import Answer
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -336,6 +337,27 @@ def test_other_errors_are_not_tried_again(ask, delays, status):
         assert caught.value.status == status
         assert len(server.requests) == 1
     assert delays == []
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[1]", b"null", b'[{"label": 1}]', b"<html>", b"[" * 9999])
+def test_an_answer_of_another_server_is_an_error(ask, body):
+    """Whoever answers at a URL, a proxy say, may answer anything by 200."""
+    with Scripted(raw_answer(200, body)) as server:
+        for method, *given in (
+            ("server",), ("index",), ("metadata", "m"), ("traffic", "m"), ("rollout", "m"), ("adjustment", "m"),
+            ("feedback", "m", {"a": 1}), ("metadata",),
+        ):  # fmt: skip
+            with pytest.raises(RequestError, match="the server's answer is not"):
+                ask(server.url, method, *given)
+        with RepositoryClient(server.url) as client:
+            for change in (
+                client.models, lambda: client.promote("m", "1"), lambda: client.rollback("m"),
+                lambda: client.remove("m", "1"), lambda: client.set_traffic("m", {}), lambda: client.clear_traffic("m"),
+                lambda: client.start_rollout("m", {}), lambda: client.stop_rollout("m"),
+                lambda: client.stop_adjustment("m"), lambda: client._sizes(["0"]),
+            ):  # fmt: skip
+                with pytest.raises(RequestError, match="the server's answer is not"):
+                    change()
 
 
 def test_the_last_word_of_a_busy_server(ask, delays):

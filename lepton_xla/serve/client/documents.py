@@ -1,0 +1,146 @@
+"""What a client reads in the answers of a repository, which may have more; another server's answers have less."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Named(TypedDict):
+    """A model or a version of one."""
+
+    name: str
+
+
+class _Tensor(TypedDict):
+    name: str
+    datatype: str
+    shape: list[int | str]
+
+
+class MetadataTold(TypedDict):
+    """What a model takes."""
+
+    name: str
+    inputs: list[_Tensor]
+
+
+class JudgedTold(TypedDict):
+    """Feedback that was taken."""
+
+    rows: int
+
+
+class VersionTold(TypedDict):
+    """A version in the repository."""
+
+    version: str
+    size_bytes: int | None
+    created: str
+    wanted: bool
+    labels: list[str]
+
+
+class ModelTold(TypedDict):
+    """A model in the repository."""
+
+    name: str
+    problem: str | None
+    ignored: list[str]
+    versions: list[VersionTold]
+
+
+class MovedTold(TypedDict):
+    """Where a label stood and stands."""
+
+    stood_on: str | None
+    stands_on: str
+
+
+class PushedTold(TypedDict):
+    """The version that was made."""
+
+    version: str
+
+
+class SizesTold(TypedDict):
+    """How much of each file is there."""
+
+    sizes: dict[str, int]
+
+
+class PieceTold(TypedDict):
+    """How much of a file is there."""
+
+    size: int
+
+
+class _Shared(TypedDict):
+    shares: dict[str, float]
+    sticky: str
+    shadow: dict[str, Any] | None
+
+
+class _Arm(TypedDict):
+    version: str
+    labels: list[str]
+    share: float
+    requests: int
+    failures: int
+    p50_s: float | None
+    p99_s: float | None
+    feedback_rows: int
+    accuracy: float | None
+    mirrored_rows: int
+    agreement: float | None
+    estimate: float | None
+    estimate_error: float | None
+
+
+class TrafficTold(TypedDict):
+    """How requests for a model are shared."""
+
+    model: str
+    traffic: _Shared
+    rollout: dict[str, Any] | None
+    versions: list[_Arm]
+
+
+class _Stages(TypedDict):
+    stages: list[dict[str, Any]]
+
+
+class _Decision(TypedDict):
+    time: str
+    who: str
+    state: str
+    stage: int
+    reason: str
+    figures: dict[str, float]
+
+
+class RolloutTold(TypedDict):
+    """A rollout and how far it is."""
+
+    plan: _Stages
+    version: str
+    stable: str
+    state: str
+    stage: int
+    share: float
+    reason: str
+    decisions: list[_Decision]
+
+
+class _Steps(TypedDict):
+    alpha: float
+    steps: int
+    every_s: float
+
+
+class AdjustmentTold(TypedDict):
+    """An adjustment and how far it is."""
+
+    plan: _Steps
+    base: str
+    version: str
+    state: str
