@@ -15,16 +15,19 @@ class Ahead {
       : block_(from), width_(width), stride_(stride), rows_(rows) {}
 
   // Fetches the first two tiles; `depth` rows are a block.
-  void begin(int64_t depth) {
+  void begin(int depth) {
     depth_ = depth;
     if (rows_ == 0) return;
     begin_tile();
     fetch(4 * depth);
   }
 
-  // Fetches the next lines; called for as many as are read, it stays as far ahead as it is.
-  __attribute__((always_inline)) void fetch(int64_t lines) {
-    for (int64_t i = 0; i < lines && left_ > 0; ++i) {
+  // Fetches the next lines; called for as many as are read, it stays as far ahead as it is. Loops call it of a copy, which
+  // is in registers.
+  __attribute__((always_inline)) void fetch(int lines) {
+#pragma GCC unroll 4
+    for (int i = 0; i < lines; ++i) {
+      if (left_ == 0) return;
       __builtin_prefetch(line_, 0, 2);
       line_ += 64;
       if (line_ < row_ + tile_width_) continue;

@@ -73,7 +73,8 @@ struct Block {
 // Adds the product of `MR` rows of x from `row` on with a tile to `y`, which has `stride` floats a row; or stores it.
 template <class Decoder, int MR, int NR>
 void tile(const WeightOnly& p, const Decoder& decoder, const Block& block, const uint8_t* codes, int64_t codes_stride,
-          int64_t row, int64_t column, int columns, float* y, int64_t stride, Ahead& ahead) {
+          int64_t row, int64_t column, int columns, float* y, int64_t stride, Ahead& fetched) {
+  Ahead ahead = fetched;
   constexpr int kParts = Decoder::kParts;
   const int64_t packed = p.packed_rows(Decoder::kBits);
   Floats sums[kParts][MR][NR] = {};
@@ -94,6 +95,7 @@ void tile(const WeightOnly& p, const Decoder& decoder, const Block& block, const
       }
     }
   }
+  fetched = ahead;
 #pragma GCC unroll 8
   for (int j = 0; j < NR; ++j) {
     const int count = smaller(columns - j * kLanes, kLanes);

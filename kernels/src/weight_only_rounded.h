@@ -195,7 +195,8 @@ struct Target {
 // The product of one row with `count` rows of codes, which are unpacked in registers.
 template <class Codes>
 void multiply_row(const Codes& of, const Rounded& x, int row, const uint8_t* codes, int64_t stride, int count,
-                  const Target<Codes::kParts>& target, float* y, Ahead& ahead) {
+                  const Target<Codes::kParts>& target, float* y, Ahead& fetched) {
+  Ahead ahead = fetched;
   constexpr int kParts = Codes::kParts, kHalf = kDepth / kParts;
   __m512i upper[kParts][kPanel], lower[kParts][kPanel];
 #pragma GCC unroll 2
@@ -221,6 +222,7 @@ void multiply_row(const Codes& of, const Rounded& x, int row, const uint8_t* cod
       }
     }
   }
+  fetched = ahead;
 #pragma GCC unroll 2
   for (int part = 0; part < kParts; ++part) {
     if (part >= target.parts) break;
@@ -237,7 +239,8 @@ using Panel = __m512i[kDepth / kParts / 4][kParts][kPanel];
 
 template <class Codes>
 void unpack(const Codes& of, const uint8_t* codes, int64_t stride, int count, __mmask64 columns,
-            Panel<Codes::kParts>& to, Ahead& ahead) {
+            Panel<Codes::kParts>& to, Ahead& fetched) {
+  Ahead ahead = fetched;
   for (int at = 0; at < count; at += 4) {
     ahead.fetch(4);
     __m512i four[kPanel];
@@ -247,6 +250,7 @@ void unpack(const Codes& of, const uint8_t* codes, int64_t stride, int count, __
 #pragma GCC unroll 4
       for (int j = 0; j < kPanel; ++j) to[at / 4][part][j] = of.upper(four[j], part);
   }
+  fetched = ahead;
 }
 
 // The products of `MR` rows with a panel.
