@@ -122,7 +122,7 @@ def _show(name: str, document: dict[str, Any], as_json: bool) -> None:
             each["state"],
             each["stage"] + 1,
             each["reason"],
-            " ".join(f"{key}={value:.4g}" for key, value in each["figures"].items()),
+            " ".join(f"{key}={value:.4g}" for key, value in each["figures"].items() if value is not None),
         )
         for each in document["decisions"]
     ]

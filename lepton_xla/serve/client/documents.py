@@ -115,7 +115,7 @@ class _Decision(TypedDict):
     state: str
     stage: int
     reason: str
-    figures: dict[str, float]
+    figures: dict[str, float | None]  # JSON has no NaN
 
 
 class RolloutTold(TypedDict):
