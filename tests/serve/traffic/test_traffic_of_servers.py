@@ -122,10 +122,13 @@ def test_a_worse_version_goes_back_and_a_better_one_stays(repository, monkeypatc
             assert repository.find("m").settings.labels["stable"] == winner
             # The end is written, and then carried out.
             wait(lambda: {each["version"]: each for each in client.traffic("m")["versions"]}[winner]["share"] == 1.0)
-            time.sleep(0.1)
-            people.answers.clear()
-            wait(lambda: people.answers.get(winner, 0) >= 100)
-            assert set(people.answers) == {winner}
+
+            def are_of_the_winner():
+                people.answers.clear()
+                wait(lambda: sum(people.answers.values()) >= 100)
+                return set(people.answers) == {winner}
+
+            wait(are_of_the_winner)
         assert not people.failed
         arms = {each["version"]: each for each in client.traffic("m")["versions"]}
         assert arms[winner]["share"] == 1.0
