@@ -60,8 +60,8 @@ _EVERY = "10m"
     "--lower-is-better",
     multiple=True,
     metavar="METRIC",
-    help="A metric on old data that is better when it is smaller, as those whose names hold loss, error or perplexity "
-    "are anyway. Repeatable.",
+    help="A metric on old data that is better when it is smaller, as the one of an Evaluation whose mode is min, and "
+    "those whose names hold loss, error or perplexity, are anyway. Repeatable.",
 )
 @click.option(
     "--rollout",

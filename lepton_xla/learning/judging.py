@@ -15,7 +15,7 @@ from lepton_xla.evaluation.intervals import sign_test
 from lepton_xla.generation.rows import text_of_tokens
 from lepton_xla.modelspec import Predict, figures_of
 
-# A metric with such a word in its name is better when it is smaller.
+# A metric with such a word in its name is better when it is smaller, unless somebody says otherwise.
 _LOSSES = ("loss", "error", "perplexity")
 
 
@@ -53,6 +53,7 @@ def judge(
     max_drop: float = 0.02,
     confidence: float = 0.95,
     lower_is_better: Collection[str] = (),
+    higher_is_better: Collection[str] = (),
 ) -> Verdict:
     """Compare a new version with the one that serves.
 
@@ -67,6 +68,7 @@ def judge(
             rows that only one of them gets right (McNemar 1947).
         lower_is_better: metrics that are better when they are smaller, beside those whose names hold `loss`, `error` or
             `perplexity`.
+        higher_is_better: metrics of such names that are better when they are larger all the same.
 
     Raises:
         LearningError: if the old metrics are no numbers, or there is none of a name that is given.
@@ -79,7 +81,8 @@ def judge(
     (True, 0.0, 1.0)
     """
     right = [classes_of(np.asarray(predict(**inputs)[output])) == labels for predict in (before, after)]
-    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence, lower_is_better)
+    figures = [figures_of(evaluate(each), LearningError) for each in (before, after)]
+    return _verdict(right, figures, max_drop, confidence, _losses(figures[0], lower_is_better, higher_is_better))
 
 
 def judge_replies(
@@ -92,6 +95,7 @@ def judge_replies(
     max_drop: float = 0.02,
     confidence: float = 0.95,
     lower_is_better: Collection[str] = (),
+    higher_is_better: Collection[str] = (),
 ) -> Verdict:
     """As `judge`, of models that generate: right is the whole reply, greedily.
 
@@ -100,13 +104,14 @@ def judge_replies(
         prompts: tokens of prompts that were not trained on.
         replies: their right replies.
         evaluate: metrics on old data, by the tokens that follow prompts: it gets the models as they are called.
-        max_drop, confidence, lower_is_better: as of `judge`.
+        max_drop, confidence, lower_is_better, higher_is_better: as of `judge`.
     """
     right = [
         np.array([text == reply for text, reply in zip(replied(each, prompts), replies, strict=True)], bool)
         for each in (before, after)
     ]
-    return _verdict(right, [evaluate(each) for each in (before, after)], max_drop, confidence, lower_is_better)
+    figures = [figures_of(evaluate(each), LearningError) for each in (before, after)]
+    return _verdict(right, figures, max_drop, confidence, _losses(figures[0], lower_is_better, higher_is_better))
 
 
 def replied(model: Servable, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -133,18 +138,15 @@ def _verdict(
     figures: Sequence[Mapping[str, float]],
     max_drop: float,
     confidence: float,
-    lower_is_better: Collection[str],
+    losses: Collection[str],
 ) -> Verdict:
     """What follows from which rows two versions get right, and from their metrics on old data."""
     gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
     chance = sign_test(gained, lost)
-    old_before, old = (figures_of(each, LearningError) for each in figures)
+    old_before, old = map(dict, figures)
     accuracies = [float(each.mean()) if len(each) else math.nan for each in right]
     rows = len(right[0])
-    for name in lower_is_better:
-        if name not in old_before:
-            raise LearningError(f"lower_is_better names {name!r}; the metrics on old data are {', '.join(old_before)}")
-    fallen = _fallen(old_before, old, max_drop, lower_is_better)
+    fallen = _fallen(old_before, old, max_drop, losses)
     if fallen:
         reason = f"on old data {fallen}"
     elif chance > 1 - confidence:
@@ -158,14 +160,20 @@ def _verdict(
     return Verdict(better, reason, rows, accuracies[0], accuracies[1], chance, old_before, old)
 
 
-def _fallen(
-    before: Mapping[str, float], after: Mapping[str, float], max_drop: float, lower_is_better: Collection[str]
-) -> str:
+def _losses(names: Collection[str], lower: Collection[str], higher: Collection[str]) -> set[str]:
+    """The metrics that are better when they are smaller."""
+    for name in lower:
+        if name not in names:
+            raise LearningError(f"lower_is_better names {name!r}; the metrics on old data are {', '.join(names)}")
+    by_name = {name for name in names if any(word in name.lower() for word in _LOSSES)}
+    return by_name.difference(higher).union(lower)
+
+
+def _fallen(before: Mapping[str, float], after: Mapping[str, float], max_drop: float, losses: Collection[str]) -> str:
     """The first metric that got too much worse, as text; NaN is worse than anything."""
     for name, value in before.items():
         now = after.get(name, math.nan)
-        is_loss = name in lower_is_better or any(word in name.lower() for word in _LOSSES)
-        drop = now - value if is_loss else value - now
+        drop = now - value if name in losses else value - now
         if math.isnan(now) or drop > max_drop + 1e-9:
             return f"{name} goes from {value:.4g} to {now:.4g}, and may get worse by {max_drop:g}"
     return ""

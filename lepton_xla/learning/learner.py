@@ -375,9 +375,13 @@ class Learner:
                 return {"accuracy": old.accuracy(predict, self._output)}
             return _by_user("evaluate", evaluate, predict)
 
+        lower, higher = set(self._plan.lower_is_better), set[str]()
+        if isinstance(given, Evaluation) and given.metric is not None:
+            (lower if given.mode == "min" else higher).add(given.metric)
         limits: dict[str, Any] = {
-            name: getattr(self._plan, name) for name in ("max_drop", "confidence", "lower_is_better")
-        }
+            "max_drop": self._plan.max_drop, "confidence": self._plan.confidence,
+            "lower_is_better": lower, "higher_is_better": higher,
+        }  # fmt: skip
         if self._generates:
             verdict = judge_replies(before, after, _prompts(judges), judges.labels.tolist(), on_old_data, **limits)
         else:

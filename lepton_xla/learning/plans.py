@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -29,8 +29,8 @@ class LearningPlan:
         old_rows: rows of old data that are kept to mix in; a fifth of them judges, if the `TrainSpec` has no
             evaluation.
         max_drop: how far a metric on old data may get worse.
-        lower_is_better: metrics on old data that are better when they are smaller, beside those whose names hold
-            `loss`, `error` or `perplexity`.
+        lower_is_better: metrics on old data that are better when they are smaller, beside the one of an `Evaluation`
+            whose mode says so, and those whose names hold `loss`, `error` or `perplexity`.
         confidence: how sure it must be that the new version is right more often on the samples held out.
         seed: of the order of rows.
         direct: whether a version is promoted as soon as it is loaded, without a rollout.
@@ -85,6 +85,10 @@ class LearningPlan:
             value = getattr(self, field.name)
             if _is_whole(value) or _is_number(value):
                 object.__setattr__(self, field.name, int(value) if _is_whole(value) else float(value))
+        names = self.lower_is_better
+        is_many = isinstance(names, Collection) and not isinstance(names, str)
+        if not (is_many and all(isinstance(each, str) for each in names)):
+            raise LearningError(f"learning: lower_is_better = {names!r}; expected names of metrics")
         self._check_rollout()
 
     def _check_rollout(self) -> None:

@@ -90,14 +90,15 @@ def test_what_is_learned_is_signed(bases, sampled, tmp_path):
 @pytest.mark.parametrize(
     ("metric", "lower", "rise_is_better"),
     [("accuracy", (), True), ("val_Loss", (), False), ("perplexity", (), False), ("mae", (), True),
-     ("mae", ("mae",), False)],
+     ("mae", ("mae",), False), ("lossless", None, True)],
 )  # fmt: skip
 def test_which_way_a_metric_on_old_data_gets_worse(metric, lower, rise_is_better):
     x, labels = np.eye(4, dtype=np.float32)[[0, 1, 2, 3] * 5], np.array([0, 1, 2, 3] * 5)
     wrong, right = (lambda x: {"y": -x}), (lambda x: {"y": x})
     for after, is_better in ((3.0, rise_is_better), (1.0, not rise_is_better)):
         figures = iter([{metric: 2.0}, {metric: after}])
-        verdict = judge(wrong, right, {"x": x}, labels, "y", lambda _, got=figures: next(got), lower_is_better=lower)
+        said = {"higher_is_better": {metric}} if lower is None else {"lower_is_better": lower}
+        verdict = judge(wrong, right, {"x": x}, labels, "y", lambda _, got=figures: next(got), **said)
         assert verdict.better == is_better, (metric, after)
     with pytest.raises(lx.LearningError, match="lower_is_better names 'none'; the metrics on old data are"):
         judge(wrong, right, {"x": x}, labels, "y", lambda _: {metric: 2.0}, lower_is_better=("none",))
@@ -192,7 +193,10 @@ def test_an_evaluate_that_fails_is_one_line_and_loses_no_training(bases, sampled
     with pytest.raises(lx.LearningError, match=r"^the TrainSpec's evaluate failed: ZeroDivisionError: "):
         learn(bases, sampled, tmp_path, spec=learning_model.spec(evaluate=lambda predict: {"accuracy": 1 / 0}))
     assert '"phase":"judge"' in (tmp_path / "learning/blobs/round.json").read_text()
-    assert learn(bases, sampled, tmp_path).phase == "kept"
+    # Which way the metric of an Evaluation gets worse, its mode says, and not its name.
+    figures = iter([{"mae": 1.0}, {"mae": 0.5}])
+    evaluation = lx.train.Evaluation(lambda predict: next(figures), every=1, metric="mae", mode="min")
+    assert learn(bases, sampled, tmp_path, spec=learning_model.spec(evaluate=evaluation)).phase == "kept"
 
 
 def test_a_model_that_the_artifact_was_not_compiled_from(bases, sampled, tmp_path):
@@ -242,7 +246,7 @@ def test_a_master_whose_archive_says_that_it_is_encrypted_or_packed_otherwise_is
     "wrong",
     [
         {"least_rows": math.nan}, {"steps": 2.5}, {"most_rows": True}, {"confidence": "0.9"}, {"max_drop": None},
-        {"seed": -1}, {"fresh": math.nan}, {"old_rows": 0},
+        {"seed": -1}, {"fresh": math.nan}, {"old_rows": 0}, {"lower_is_better": "mae"}, {"lower_is_better": (1,)},
     ],
 )  # fmt: skip
 def test_a_plan_of_the_wrong_type_or_out_of_range_is_refused_by_name(wrong):
