@@ -78,9 +78,9 @@ class Allocation:
                 bandit.since_s, await asyncio.to_thread(read_evidence, self._repository, name)
             )
         versions = {arm: found.settings.labels.get(arm, arm) for arm in traffic.shares}
-        if len(set(versions.values())) < 2:  # labels have moved, perhaps by a promotion after which it was killed
+        if len(set(versions.values())) < len(versions):  # a label has moved, perhaps by its promotion before a kill
             if await self._write(name, traffic, Traffic()):
-                self._record(WHO, "bandit", name, "ended", reason="all of its labels stand on one version")
+                self._record(WHO, "bandit", name, "ended", reason="two of its shares are of one version now")
             return
         feedback = {
             arm: run.grown(version, counts.get(version)).get("feedback", {}) for arm, version in versions.items()

@@ -212,13 +212,17 @@ def test_somebody_who_sets_the_traffic_wins(tmp_path):
     assert not subject.told
 
 
-def test_killed_between_the_label_and_the_traffic_it_ends(tmp_path):
+@pytest.mark.parametrize("shares", [{"stable": 0.5, "2": 0.5}, {"stable": 0.4, "2": 0.3, "3": 0.3}])
+def test_killed_between_the_label_and_the_traffic_it_ends(tmp_path, shares):
     subject = Simulated(tmp_path, every_s=1)
-    subject.repository.promote("m", "2")  # now both of its arms are version 2
+    subject.repository.push(tmp_path / "tiny.lepton", "m")
+    asked = Traffic(shares=shares, bandit=Bandit(every_s=1))
+    subject.repository.replan("m", lambda plan, found: plans.with_traffic(plan, found, asked, 0.0))
+    subject.repository.promote("m", "2")  # now two of its arms are version 2
     subject.look({"1": 0.9, "2": 0.9})
     assert subject.traffic == Traffic()
     assert [(what[3], more["reason"]) for what, more in subject.told] == [
-        ("ended", "all of its labels stand on one version")
+        ("ended", "two of its shares are of one version now")
     ]
 
 
