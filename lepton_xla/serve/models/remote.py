@@ -78,8 +78,15 @@ class RemoteRepository(Repository):
                 f"{self.root}: the copy of {self.location} cannot be kept there: {error.strerror or error}; "
                 "LEPTON_CACHE names another folder",
             ) from error
-        found = {name: self._fetched(name) for name in names}
-        return {name: each for name, each in found.items() if each is not None}
+        found: dict[str, Found] = {}
+        for name in names:
+            try:
+                looked = self._look(name)
+            except RepositoryError as error:  # hides no other
+                looked = Found(name, problem=str(error))
+            if looked is not None:
+                found[name] = self._fetched(looked)
+        return found
 
     def push(self, artifact: str | os.PathLike[str], name: str, version: str | None = None) -> str:
         """Send an artifact, its manifest last; the arguments and errors are those of `Repository.push`.
@@ -207,22 +214,18 @@ class RemoteRepository(Repository):
         return Repository(self.root).find_base(name, version)
 
     def find(self, name: str) -> Found:
-        """As `Repository.find`; fetches the versions that are wanted."""
-        check_model_name(name)
-        found = self._fetched(name)
-        if found is None:
-            raise RepositoryError("missing", f"{self.location}: there is no model {name!r}")
-        return found
+        """As `Repository.find`; fetches the versions that are wanted.
 
-    def _fetched(self, name: str) -> Found | None:
+        Raises:
+            RepositoryError: also `failed`, if the store cannot be reached.
+        """
+        return self._fetched(self._existing(name))
+
+    def _fetched(self, found: Found) -> Found:
         """What is there of a model, when all that is wanted of it has been fetched, and what is not is gone."""
-        try:
-            found = self._look(name)
-        except RepositoryError as error:
-            return Found(name, problem=str(error))
-        if found is None or found.problem:
+        if found.problem:
             return found
-        problem = None
+        name, problem = found.name, None
         needed: set[str] = set()
         for version in found.wanted:
             needed.add(version)

@@ -204,6 +204,7 @@ def test_a_store_that_cannot_be_reached_changes_nothing_of_the_copy(repository, 
     with pytest.raises(RepositoryError, match=r"cannot be listed: no such bucket$") as caught:
         repository.scan()
     assert caught.value.kind == "failed"
+    assert kind(repository.find, "m") == "failed"  # it is not the model that is wrong
     assert list(Repository(repository.root).scan()["m"].versions) == ["1"]
 
 
