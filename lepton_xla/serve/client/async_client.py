@@ -135,7 +135,7 @@ class AsyncClient(Caller):
     async def index(self) -> list[dict[str, Any]]:
         """See `Client.index`."""
         return json_of(
-            await self._call(self._plain("/v2/repository/index", "POST"), self._attempts()), list[documents.Named]
+            await self._call(self._plain("/v2/repository/index", "POST"), self._attempts()), list[documents.IndexedTold]
         )
 
     async def ready(self, model: str | None = None) -> bool:
@@ -168,7 +168,7 @@ class AsyncClient(Caller):
             return model
         if self._model is None:
             found = json_of(
-                await self._call(self._plain("/v2/repository/index", "POST"), attempts), list[documents.Named]
+                await self._call(self._plain("/v2/repository/index", "POST"), attempts), list[documents.IndexedTold]
             )
             self._model = only(found)
         return self._model

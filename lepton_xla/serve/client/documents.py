@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+
+type _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Named(TypedDict):
     """A model or a version of one."""
 
     name: str
+
+
+class IndexedTold(TypedDict):
+    """A version that is loaded, or is to be."""
+
+    name: str
+    version: NotRequired[str]
+    state: NotRequired[str]
+    reason: NotRequired[str]
 
 
 class _Tensor(TypedDict):
@@ -65,13 +78,13 @@ class PushedTold(TypedDict):
 class SizesTold(TypedDict):
     """How much of each file is there."""
 
-    sizes: dict[str, int]
+    sizes: dict[str, _Size]
 
 
 class PieceTold(TypedDict):
     """How much of a file is there."""
 
-    size: int
+    size: _Size
 
 
 class _Shared(TypedDict):

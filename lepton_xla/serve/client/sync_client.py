@@ -239,7 +239,9 @@ class Client(Caller):
         ...     client.index()
         [{'name': 'double', 'version': '1', 'state': 'READY'}]
         """
-        return json_of(self._call(self._plain("/v2/repository/index", "POST"), self._attempts()), list[documents.Named])
+        return json_of(
+            self._call(self._plain("/v2/repository/index", "POST"), self._attempts()), list[documents.IndexedTold]
+        )
 
     def ready(self, model: str | None = None) -> bool:
         """Ask whether the server, or one model, takes requests now. One attempt; no answer is no.
@@ -291,7 +293,9 @@ class Client(Caller):
         if model is not None:
             return model
         if self._model is None:
-            found = json_of(self._call(self._plain("/v2/repository/index", "POST"), attempts), list[documents.Named])
+            found = json_of(
+                self._call(self._plain("/v2/repository/index", "POST"), attempts), list[documents.IndexedTold]
+            )
             self._model = only(found)
         return self._model
 

@@ -339,7 +339,13 @@ def test_other_errors_are_not_tried_again(ask, delays, status):
     assert delays == []
 
 
-@pytest.mark.parametrize("body", [b"{}", b"[1]", b"null", b'[{"label": 1}]', b"<html>", b"[" * 9999])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}", b"[1]", b"null", b'[{"name": "m", "version": 1}]', b'{"sizes": {"0": -1}}', b'[{"label": 1}]', b"<html>",
+        b"[" * 9999,
+    ],
+)  # fmt: skip
 def test_an_answer_of_another_server_is_an_error(ask, body):
     """Whoever answers at a URL, a proxy say, may answer anything by 200."""
     with Scripted(raw_answer(200, body)) as server:
