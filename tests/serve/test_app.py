@@ -215,6 +215,25 @@ def test_requests_that_differ_in_their_ids_get_their_own_ids_and_answers(server,
             np.testing.assert_array_equal(outputs[output], expected)
 
 
+def test_of_ids_of_every_length_a_few_are_kept(server, monkeypatch):
+    responses = {}
+    original = Decoder.decode
+
+    def decode(self, body, size):
+        request = original(self, body, size)
+        responses[id(request.spec.responses)] = request.spec.responses
+        return request
+
+    monkeypatch.setattr(Decoder, "decode", decode)
+    body, fields = affine_binary(np.ones((1, 4), np.float32), np.ones(1, np.int32))
+    size = int(fields["Inference-Header-Content-Length"])
+    for length in range(30):
+        head = json.dumps({"id": "x" * length, **json.loads(body[:size])}).encode()
+        given = fields | {"Inference-Header-Content-Length": str(len(head))}
+        assert exchange(server, "POST", INFER, head + body[size:], given)[0] == 200
+    assert [0 < len(each) <= 8 for each in responses.values()] == [True]
+
+
 def test_infer_in_binary_of_every_size_up_to_three_batches(server):
     rng = np.random.default_rng(0)
     for rows in range(1, 25):

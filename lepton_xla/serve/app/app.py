@@ -44,9 +44,10 @@ _log = logging.getLogger("lepton_xla.serve")
 # Smaller answers are not reserved: the objects of the request itself take as much, and are not counted either.
 _SMALL_ANSWER_BYTES = 1024
 
-# How the JSON part of an answer ends behind an id, and the longest ids by which header fields are kept.
+# How the JSON part of an answer ends behind an id, and the ids by whose lengths header fields are kept: a client may
+# send 512 different requests with ids of every length.
 _AFTER_ID = b'"}'
-_LONGEST_ID = 64
+_LONGEST_ID, _MOST_LENGTHS = 64, 8
 
 # Content types of a body that is a value of a model's only input, not a JSON document.
 _ONE_VALUE = (b"image/", b"text/plain")
@@ -470,6 +471,8 @@ class App:
                 spec.response = Response(200, shared, response.nbytes)
             elif len(spec.id) <= _LONGEST_ID and head.endswith(end := spec.id.encode() + _AFTER_ID):
                 # An id that JSON spells in another way ends otherwise.
+                if len(spec.responses) >= _MOST_LENGTHS:
+                    spec.responses.clear()
                 spec.responses[len(spec.id)] = Response(200, shared.removesuffix(end), response.nbytes)
         return response, (head, *tail)
 
