@@ -53,9 +53,10 @@ export function quantile(share, now, before) {
   return low;
 }
 
-// Of some names those that hold a text, in order and at most so many; and how many more there are.
+// Of some names those that hold a text, in order and at most so many; how many more there are; and whether there are so
+// few names that nobody needs to look for one. While a text is there, it must stay to be seen.
 export function chosen(names, text, most) {
   const wanted = text.trim().toLowerCase();
   const found = names.filter((name) => name.toLowerCase().includes(wanted)).sort((one, other) => one.localeCompare(other));
-  return { shown: found.slice(0, most), more: Math.max(0, found.length - most) };
+  return { shown: found.slice(0, most), more: Math.max(0, found.length - most), few: names.length <= most / 10 && !wanted };
 }

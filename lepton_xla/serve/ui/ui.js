@@ -170,8 +170,9 @@ function endOf(model, traffic) {
 // The models to draw, and how many others there are. What is written to filter them stays while the page is drawn again.
 function namesOf(index, stored) {
   const names = [...new Set([...index, ...(stored ?? [])].map(({ name }) => name))];
-  byId("filter-line").hidden = names.length <= MOST_SHOWN / 10;
-  return chosen(names, byId("filter").value, MOST_SHOWN);
+  const found = chosen(names, byId("filter").value, MOST_SHOWN);
+  byId("filter-line").hidden = found.few;
+  return found;
 }
 
 function drawModels(versions, index, stored, shared) {

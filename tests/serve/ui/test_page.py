@@ -128,6 +128,9 @@ def test_of_hundreds_of_models_some_are_shown(tmp_path):
     assert [(len(each["shown"]), each["more"]) for each in found] == [(50, 251), (1, 0), (11, 0), (0, 0)]
     assert found[0]["shown"][:2] == ["Digits", "model-0"]
     assert found[1]["shown"] == ["Digits"]
+    # What is looked for among a few, since the others went meanwhile, can be seen and taken away.
+    few = in_node(tmp_path, '["", "gone"].map((text) => chosen(value, text, 50).few)', names[:5])
+    assert (few, [each["few"] for each in found]) == ([True, False], [False] * 4)
 
 
 def test_traffic_is_told_in_one_sentence(tmp_path):
