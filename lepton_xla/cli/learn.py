@@ -69,7 +69,12 @@ _EVERY = "10m"
     help="`stages`, `rollback` and `promote` of the rollout; by default the server's own.",
 )
 @click.option("--direct", is_flag=True, help="Promote as soon as the version is loaded, without a rollout.")
-@click.option("-o", "--output", metavar="NAME.lepton", help="Instead of --server: where to write the result.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="NAME.lepton",
+    help="Instead of --server: where to write what is better than --base, with which each round begins.",
+)
 @_common.overwrite_option
 @click.option("--plot", metavar="FILE.png", help="Draw accuracy over time; needs lepton-xla[plot].")
 @click.option("--key", metavar="FILE", help="Sign the result with this private key, for `leptonx serve --trust`.")
