@@ -34,8 +34,9 @@ _WARMING_WEIGHT = 0.25
 # Programs whose times are kept.
 _MOST_TIMINGS = 256
 # After each piece of work, while requests come. Beside pieces of 0.2 ms those that serve have nine tenths of a core and
-# more. With a third of it p99 in the second of a swap was a tenth higher.
-_REST_S = 3e-3
+# more. With a third of it p99 in the second of a swap was a tenth higher; of large models, which would be loaded for
+# minutes, all rests but the first thousand are that short.
+_REST_S, _SHORT_REST_S, _LONG_RESTS = 3e-3, 1e-3, 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class ArtifactLoader:
         self._metrics = metrics
         self._make = make
         self._timings: dict[tuple[str, str], Timing] = {}
-        self._turns = self._turns_before = 0
+        self._turns = self._turns_before = self._rests = 0
         self._times = None if options.trust is None else SigningTimes(options.trust)
 
     def load(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Warm:
@@ -89,6 +90,7 @@ class ArtifactLoader:
             LeptonError: for an artifact that is damaged or not trusted, does not fit this machine, or holds NaN.
         """
         served = self._given() != self._turns_before
+        self._rests = 0
         try:
             with resting(self._rest) if served else contextlib.nullcontext():
                 return self._load(name, version, source, others)
@@ -103,7 +105,8 @@ class ArtifactLoader:
         turns, before = self._given(), self._turns
         self._turns = turns
         if turns != before or any(device.running for device in self._devices):
-            time.sleep(_REST_S)
+            self._rests += 1
+            time.sleep(_REST_S if self._rests <= _LONG_RESTS else _SHORT_REST_S)
 
     def _load(self, name: str, version: str, source: Source, others: Sequence[ModelHandle]) -> Warm:
         from lepton_xla.compiler import load
