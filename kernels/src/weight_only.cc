@@ -297,7 +297,7 @@ void part(const WeightOnly& p, int64_t row, int64_t row_end, int64_t column, int
     in_integers(SignedHalves());
   } else {
     const LookedUpHalves codes(p.levels);
-    row_end - row == 1 && codes.fits ? as_a_row(codes) : in_floats();
+    p.m == 1 && codes.fits ? as_a_row(codes) : in_floats();  // by all rows: the last part may have one that is not alone
   }
 #else
   in_floats();

@@ -34,8 +34,9 @@ constexpr int kRoundedRows = 64;          // rows of activations at most
 constexpr int kRoundedTile = 4;           // of them in a tile
 constexpr int kMost = 127 * 256 + 127;    // that two signed bytes hold
 
-// Whether numbers are rounded whose largest magnitude is this: zero, or not so small or large that a quotient is none.
-inline bool can_be_rounded(float largest) { return largest == 0.0f || (largest >= 1e-30f && largest < 1e30f); }
+// Whether numbers are rounded whose largest magnitude is this: zero, or not so small or large that the product of the steps
+// of two such is none.
+inline bool can_be_rounded(float largest) { return largest == 0.0f || (largest >= 1e-15f && largest < 1e15f); }
 
 // Activations of a block, rounded to 256 * upper + lower steps. Those of part 1 begin at half of a row.
 struct Rounded {
@@ -203,8 +204,9 @@ void multiply_row(const Codes& of, const Rounded& x, int row, const uint8_t* cod
   for (int part = 0; part < kParts; ++part)
 #pragma GCC unroll 4
     for (int j = 0; j < kPanel; ++j) {
-      upper[part][j] = _mm512_set1_epi32(-of.offset(part) * x.upper_sum[part][row]);
-      lower[part][j] = _mm512_set1_epi32(-of.offset(part) * x.lower_sum[part][row]);
+      const bool counts = part < target.parts;  // if not, its sums were never made, nor are its products written
+      upper[part][j] = _mm512_set1_epi32(counts ? -of.offset(part) * x.upper_sum[part][row] : 0);
+      lower[part][j] = _mm512_set1_epi32(counts ? -of.offset(part) * x.lower_sum[part][row] : 0);
     }
   for (int at = 0; at < count; at += 4) {
     ahead.fetch(4);

@@ -78,9 +78,9 @@ def test_every_shape_is_multiplied(variants, rows, depth, groups, columns, name,
         check(weight_only.multiply(jnp.asarray(x), weight), x, weight)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
 def test_products_that_are_spread_over_threads(variants, name):
-    x, weight = array(130, 777), stored(777, 1531, name)  # several parts both ways
+    x, weight = array(129, 777), stored(777, 1531, name)  # several parts both ways, the last ones of one row
     for _ in variants():
         check(weight_only.multiply(jnp.asarray(x), weight), x, weight)
 
@@ -124,6 +124,17 @@ def test_the_largest_and_smallest_values_stay(variants, size, scale):
     for rows in (2, 5):
         for _ in variants():
             check(weight_only.multiply(jnp.asarray(x[:rows]), weight), x[:rows], weight)
+
+
+@pytest.mark.parametrize("size", [1e-30, 2e-15, 9e14, 1e30])
+def test_one_row_of_small_or_large_numbers_is_as_exact_as_others(variants, size):
+    """The steps of both are small then, and so is their product."""
+    codebook = jnp.linspace(-0.02, 0.02, 16, dtype=jnp.float32)
+    weight = QTensor(jnp.full((32, 5), 0xF0, jnp.uint8), jnp.ones((1, 1)), "codebook16", 64, codebook=codebook)
+    x = np.repeat(np.array([[size, 2 * size]], np.float32), 32, axis=1)
+    wanted = np.full((1, 5), 0.64 * size)
+    for _ in variants():
+        np.testing.assert_allclose(weight_only.multiply(jnp.asarray(x), weight), wanted, rtol=2e-4)
 
 
 def test_transformations(kernels):
