@@ -26,6 +26,7 @@ from lepton_xla.serve.client.calls import (
 )
 from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
 from lepton_xla.serve.client.transport import PATIENCE_S, Answer, Channel, RequestError, connected, left
+from lepton_xla.serve.protocol.monitoring import FeedbackTaken
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -90,9 +91,8 @@ class AsyncClient(Caller):
         attempts = self._attempts(timeout_s)
         path = f"{route(await self._name(model, attempts))}/feedback"
         if not self._replicas.several:
-            return json_of(
-                await self._call(self._plain(path, "POST", feedback_of(labels)), attempts), documents.JudgedTold
-            )["rows"]
+            answer = await self._call(self._plain(path, "POST", feedback_of(labels)), attempts)
+            return json_of(answer, FeedbackTaken)["rows"]
         bodies = [feedback_of({name: label}) for name, label in labels.items()]
         return sum([await self._judge(self._plain(path, "POST", body), timeout_s) for body in bodies])
 
@@ -183,7 +183,7 @@ class AsyncClient(Caller):
                 search.heard(await self._call(request, attempts))
             except RequestError as error:
                 search.missed(error)
-        return json_of(search.answer(), documents.JudgedTold)["rows"]
+        return json_of(search.answer(), FeedbackTaken)["rows"]
 
     async def _get(self, model: str | None, action: str, kind: Any = dict[str, Any]) -> dict[str, Any]:
         attempts = self._attempts()

@@ -1,10 +1,15 @@
-"""What a client reads in the answers of a repository, which may have more; another server's answers have less."""
+"""What a client reads in the answers of a repository, which may have more; another server's answers have less.
+
+Answers whose documents refuse nothing and have nothing that may be missing are looked at by those of the protocol.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
+
+from lepton_xla.serve.protocol.traffic import ArmFigures
 
 type _Size = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -35,31 +40,6 @@ class MetadataTold(TypedDict):
 
     name: str
     inputs: list[_Tensor]
-
-
-class JudgedTold(TypedDict):
-    """Feedback that was taken."""
-
-    rows: int
-
-
-class VersionTold(TypedDict):
-    """A version in the repository."""
-
-    version: str
-    size_bytes: int | None
-    created: str
-    wanted: bool
-    labels: list[str]
-
-
-class ModelTold(TypedDict):
-    """A model in the repository."""
-
-    name: str
-    problem: str | None
-    ignored: list[str]
-    versions: list[VersionTold]
 
 
 class MovedTold(TypedDict):
@@ -93,29 +73,13 @@ class _Shared(TypedDict):
     shadow: dict[str, Any] | None
 
 
-class _Arm(TypedDict):
-    version: str
-    labels: list[str]
-    share: float
-    requests: int
-    failures: int
-    p50_s: float | None
-    p99_s: float | None
-    feedback_rows: int
-    accuracy: float | None
-    mirrored_rows: int
-    agreement: float | None
-    estimate: float | None
-    estimate_error: float | None
-
-
 class TrafficTold(TypedDict):
     """How requests for a model are shared."""
 
     model: str
     traffic: _Shared
     rollout: dict[str, Any] | None
-    versions: list[_Arm]
+    versions: list[ArmFigures]
 
 
 class _Stages(TypedDict):

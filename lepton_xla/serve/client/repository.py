@@ -19,6 +19,7 @@ from lepton_xla.serve.client import documents
 from lepton_xla.serve.client.calls import RequestOf, json_of, route
 from lepton_xla.serve.client.sync_client import Client
 from lepton_xla.serve.client.transport import RequestError
+from lepton_xla.serve.protocol.uploads import ModelOnDisk
 from lepton_xla.trust.bundles import SIGNATURE
 
 PIECE_BYTES = 8 << 20
@@ -53,7 +54,7 @@ class RepositoryClient(Client):
 
     def models(self) -> list[dict[str, Any]]:
         """The models with their versions, sizes and labels."""
-        return json_of(self._call(self._plain("/v2/repository/models"), self._attempts()), list[documents.ModelTold])
+        return json_of(self._call(self._plain("/v2/repository/models"), self._attempts()), list[ModelOnDisk])
 
     def push(
         self,

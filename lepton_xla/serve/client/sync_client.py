@@ -27,6 +27,7 @@ from lepton_xla.serve.client.calls import (
 )
 from lepton_xla.serve.client.replicas import Replica, StalledError, UnreachedError
 from lepton_xla.serve.client.transport import PATIENCE_S, Answer, BlockingChannel, RequestError, left
+from lepton_xla.serve.protocol.monitoring import FeedbackTaken
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -142,9 +143,8 @@ class Client(Caller):
         attempts = self._attempts(timeout_s)
         path = f"{route(self._name(model, attempts))}/feedback"
         if not self._replicas.several:
-            return json_of(self._call(self._plain(path, "POST", feedback_of(labels)), attempts), documents.JudgedTold)[
-                "rows"
-            ]
+            answer = self._call(self._plain(path, "POST", feedback_of(labels)), attempts)
+            return json_of(answer, FeedbackTaken)["rows"]
         bodies = [feedback_of({name: label}) for name, label in labels.items()]
         return sum(self._judge(self._plain(path, "POST", body), timeout_s) for body in bodies)
 
@@ -309,7 +309,7 @@ class Client(Caller):
                 search.heard(self._call(request, attempts))
             except RequestError as error:
                 search.missed(error)
-        return json_of(search.answer(), documents.JudgedTold)["rows"]
+        return json_of(search.answer(), FeedbackTaken)["rows"]
 
     def _get(self, model: str | None, action: str, kind: Any = dict[str, Any]) -> dict[str, Any]:
         attempts = self._attempts()
