@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-import tomllib
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lepton_xla import toml
 from lepton_xla.cli import _common, _repositories, _traffic
-from lepton_xla.errors import RepositoryError, first_line
+from lepton_xla.errors import RepositoryError
 
 if TYPE_CHECKING:
     from lepton_xla.serve.client.repository import RepositoryClient
@@ -84,11 +84,11 @@ def stop(repository: Repository | RepositoryClient, name: str, *, as_json: bool)
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        return toml.parsed(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise RepositoryError("invalid", f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # tomllib raises these too
-        raise RepositoryError("invalid", f"{path}: {first_line(error)}") from error
+    except ValueError as error:
+        raise RepositoryError("invalid", f"{path}: {error}") from error
 
 
 def _stage(text: str) -> dict[str, Any]:

@@ -24,8 +24,11 @@ type Figures = Mapping[tuple[str, str], Mapping[str, float]]
 
 _file = click.Path(dir_okay=False)
 _PREFIX = "lepton_"
-_LATENCY = "request_seconds_bucket"
-_DEVICE = "model_devices"
+_LATENCY, _DEVICE = "request_seconds_bucket ", "model_devices "
+# Series that differ by a label that is a number: the label, which stands behind a space in the names of figures.
+_NUMBERED: dict[str, tuple[str, type[float] | type[int]]] = {
+    _LATENCY.strip(): ("le", float), _DEVICE.strip(): ("device", int)
+}  # fmt: skip
 
 
 @click.command()
@@ -91,17 +94,19 @@ def figures_of(text: str) -> Figures:
 
     found: dict[tuple[str, str], dict[str, float]] = {}
     try:
-        families = list(text_string_to_metric_families(text))
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                labels = sample.labels
+                if not sample.name.startswith(_PREFIX) or not math.isfinite(sample.value):
+                    continue
+                if "model" in labels and "version" in labels:
+                    name = sample.name.removeprefix(_PREFIX)
+                    if name in _NUMBERED:
+                        label, read = _NUMBERED[name]
+                        name += f" {read(labels.get(label, ''))}"
+                    found.setdefault((labels["model"], labels["version"]), {})[name] = sample.value
     except ValueError as error:
         raise ServeError(f"what /metrics says is not in Prometheus' format: {first_line(error)}") from error
-    for family in families:
-        for sample in family.samples:
-            labels = sample.labels
-            if not math.isfinite(sample.value):
-                continue
-            if sample.name.startswith(_PREFIX) and "model" in labels and "version" in labels:
-                name = sample.name.removeprefix(_PREFIX) + labels.get("le", "") + labels.get("device", "")
-                found.setdefault((labels["model"], labels["version"]), {})[name] = sample.value
     return found
 
 
@@ -124,11 +129,7 @@ def rows_of(
 
         ready = now.get("model_ready", 0.0) > 0
         state = states.get(key) or ("READY" if ready else "UNAVAILABLE")
-        buckets = {
-            math.inf if (bound := name.removeprefix(_LATENCY)) == "+Inf" else float(bound): grown(name)
-            for name in now
-            if name.startswith(_LATENCY)
-        }
+        buckets = {float(name.removeprefix(_LATENCY)): grown(name) for name in now if name.startswith(_LATENCY)}
         devices = [int(name.removeprefix(_DEVICE)) for name in now if name.startswith(_DEVICE) and now[name]]
         rows.append({
             "model": key[0], "version": key[1], "state": state, "devices": sorted(devices),
@@ -166,7 +167,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
     cells = [
         (
-            printable(row["model"]), row["version"], row["state"].lower(),
+            printable(row["model"]), printable(row["version"]), printable(row["state"].lower()),
             ",".join(map(str, row["devices"])), f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else "",
             f"{row['requests_per_s']:.1f}", time_of(row["p50_s"]), time_of(row["p99_s"]), row["queue_rows"],
             f"{row['device_share']:.0%}",

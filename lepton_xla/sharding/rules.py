@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from lepton_xla import toml
 from lepton_xla.arguments import takes
 from lepton_xla.errors import ShardingError, first_line
 from lepton_xla.program import Program
@@ -122,7 +123,7 @@ class Rules:
         ((('.*/query/kernel', P(None, 'model')),), {'mlp': ('model',), 'embed': ()})
         """
         try:
-            file = msgspec.toml.decode(text.removeprefix("\ufeff"), type=_File)
+            file = toml.parsed(text, _File)
             return Rules(
                 [(rule.weights, rule.spec) for rule in file.rules],
                 file.logical,
@@ -130,8 +131,8 @@ class Rules:
                 file.fallback_bytes,
                 file.batch,
             )
-        except (msgspec.MsgspecError, ValueError, RecursionError, ShardingError) as error:  # tomllib raises these too
-            raise ShardingError(f"rules {name!r}: {first_line(error)}") from error
+        except (ValueError, ShardingError) as error:
+            raise ShardingError(f"rules {name!r}: {error}") from error
 
     @takes(leaves=(Program, Mapping), mesh=(Mesh, AbstractMesh), axes=Mapping)
     def resolve(

@@ -12,13 +12,13 @@ import importlib
 import logging
 import os
 import stat
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lepton_xla import toml
 from lepton_xla.environment.extras import Needs
-from lepton_xla.errors import TrustError, first_line
+from lepton_xla.errors import TrustError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -182,9 +182,9 @@ class TrustedKeys:
 def _not_before_s(data: bytes, name: str) -> float | None:
     """The time in a policy."""
     try:
-        policy = tomllib.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # tomllib raises these too
-        raise TrustError(f"{name}: is not TOML: {first_line(error)}") from error
+        policy = toml.parsed(data)
+    except ValueError as error:
+        raise TrustError(f"{name}: is not TOML: {error}") from error
     unknown = sorted(set(policy) - {"not_before"})
     if unknown:
         raise TrustError(f"{name}: unknown key {unknown[0]!r:.100}; the key is not_before")

@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lepton_xla import toml
 from lepton_xla.errors import LeptonError, TuningError, first_line
 from lepton_xla.program import Program
 from lepton_xla.sharding.topologies import device_count, topology_devices
@@ -101,9 +101,9 @@ class Prices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             TuningError: if it is no such file, or a price, a time or a number of rows is none.
         """
         try:
-            found = msgspec.convert(tomllib.loads(text.removeprefix("\ufeff")), Prices)
-        except (msgspec.ValidationError, ValueError, RecursionError) as error:  # tomllib raises these too
-            raise TuningError(f"{where}: {first_line(error)}") from error
+            found = toml.parsed(text, Prices)
+        except ValueError as error:
+            raise TuningError(f"{where}: {error}") from error
         for name, value in [*found.per_hour.items(), *((each.target, each.us) for each in found.measured)]:
             if not _LEAST <= value <= _MOST:
                 raise TuningError(f"{where}: {name} has {value}; {_EXPECTED}")

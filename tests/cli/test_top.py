@@ -35,6 +35,9 @@ lepton_model_devices{device="0",model="a",version="1"} 2
 def test_what_is_no_scrape_and_what_is_no_number():
     with pytest.raises(lx.ServeError, match="what /metrics says is not in Prometheus' format"):
         figures_of("<html>no</html>")
+    for series in ('request_seconds_bucket{le="soon",', "request_seconds_bucket{", 'model_devices{device="cpu",'):
+        with pytest.raises(lx.ServeError, match="what /metrics says is not in Prometheus' format"):
+            figures_of(f'lepton_{series}model="a",version="1"}} 1')
     odd = figures_of('lepton_model_bytes{model="a",version="1"} +Inf\nlepton_queue_rows{model="a",version="1"} NaN')
     assert rows_of({}, odd, 1.0, {}) == []
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
-from lepton_xla.errors import RepositoryError, first_line
+from lepton_xla import toml
+from lepton_xla.errors import RepositoryError
 from lepton_xla.serve.monitor.sampling import Sampling
 
 SETTINGS = "model.toml"
@@ -111,10 +111,9 @@ def parse_settings(text: str) -> ModelSettings:
     lepton_xla.errors.RepositoryError: model.toml: Expected `float` > 0.0 - at `$.serving.weight`
     """
     try:
-        document: dict[str, Any] = tomllib.loads(text.removeprefix("\ufeff"))
-        return msgspec.convert(document, ModelSettings)
-    except (RepositoryError, msgspec.MsgspecError, ValueError, RecursionError) as error:  # tomllib raises these too
-        raise _invalid(f"{SETTINGS}: {first_line(error)}") from error
+        return toml.parsed(text, ModelSettings)
+    except (RepositoryError, ValueError) as error:
+        raise _invalid(f"{SETTINGS}: {error}") from error
 
 
 def check_version(version: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from lepton_xla.errors import ServeError, first_line
+from lepton_xla import toml
+from lepton_xla.errors import ServeError
 
 type Operator = Literal["<", "<=", ">", ">="]
 
@@ -194,9 +194,9 @@ class Rules:
             ServeError: as `load`.
         """
         try:
-            table = tomllib.loads(text.removeprefix("\ufeff"))
-        except (ValueError, RecursionError) as error:  # tomllib raises these too
-            raise ServeError(f"{name}: {first_line(error)}") from None
+            table = toml.parsed(text)
+        except ValueError as error:
+            raise ServeError(f"{name}: {error}") from None
         unknown = sorted(set(table) - {"rule", "webhook"})
         if unknown:
             raise ServeError(f"{name}: unknown key {unknown[0]!r}; the keys are [[rule]] and [[webhook]]")
