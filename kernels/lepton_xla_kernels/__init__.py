@@ -4,7 +4,7 @@ import ctypes
 import pathlib
 from typing import Any
 
-INTERFACE = 9
+INTERFACE = 10
 """Changes whenever targets are added, take other operands, or give results that differ by more than rounding.
 
 lepton-xla asks for its own.
@@ -21,6 +21,7 @@ _LIBRARY.lepton_packed_bytes.restype = ctypes.c_int64
 _NAMES = (
     "attention",
     "convolution",
+    "excitation",
     "expanding",
     "integer_convolution",
     "integer_product",

@@ -154,13 +154,13 @@ __attribute__((always_inline)) inline void hold(const typename Op::Sum (&sums)[M
 template <class Op, int MR, int NR>
 void write_silu(const Convolution& p, const Finish& finish, int64_t example, const typename Op::Sum (&held)[MR * NR],
                 int64_t pixel, int64_t column) {
-  const Brief brief = finish.brief();
+  const SiluCodes silu_codes = finish.silu_codes();
   for (int j = 0; j < NR; ++j) {
     const int64_t at = column + j * kLanes;
     const Floats factor = Op::factor(p, example, at);
     const Floats bias = bias_at(p.epilogue, at);
     for (int i = 0; i < MR; ++i)
-      finish.silu_of(brief, Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
+      silu_codes(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
   }
 }
 
@@ -233,7 +233,7 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
                                                   Floats{}, Brief::most());
     if (!in_doubt(least)) return;
   }
-  const bool is_silu = p.codes == nullptr && p.epilogue.residual == nullptr;  // since bounds do not suffice
+  const bool is_silu = finish.gives_silus();
   if (!(is_silu || finish.is_silu()) || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
   typename Op::Sum held[MR * NR];
   hold<Op, MR, NR, 0>(sums, held);
@@ -329,6 +329,14 @@ void round(const float* x, int64_t count, float scale, const float* factors, int
     round_some<true>(x + i, count - i < channels ? count - i : channels, scale, factors, codes + i);
 }
 
+void gate(const float* x, int64_t count, const float* factors, int64_t channels, float* to) {
+  for (int64_t first = 0; first < count; first += channels) {
+    int64_t i = 0;
+    for (; i + kLanes <= channels; i += kLanes) store(to + first + i, load(x + first + i) * load(factors + i));
+    for (; i < channels; ++i) to[first + i] = x[first + i] * factors[i];
+  }
+}
+
 void widen(const uint8_t* x, int64_t count, void* to) {
   Code* codes = static_cast<Code*>(to);
   int64_t i = 0;
@@ -394,6 +402,6 @@ void pack(const Window& w, const int8_t* codes, void* weights, int64_t stride, i
 
 extern const ConvolutionVariant convolution = {
     LEPTON_TEXT(VARIANT), kCodes, kColumns, kFloatProducts, kCodeProducts, in_float, of_codes, depthwise_floats,
-    largest_bits, round, widen, pack, &depthwise_codes};
+    largest_bits, round, gate, widen, pack, &depthwise_codes};
 
 }  // namespace lepton::VARIANT

@@ -58,7 +58,7 @@ struct Convolution {
   const float* scale;     // [stride], of columns
   const int32_t* offset;  // [stride], what is subtracted from the sums of a column
   const float* row_scale; // [n]
-  bool numbers;           // scales and biases are finite, so no result is NaN before a residual
+  bool numbers;           // scales and biases are such that no result is NaN or infinite before a residual
 };
 
 // Rows [pixel, pixel_end) of y, columns from `column` on; both columns are multiples of the vectors' lanes.
@@ -76,6 +76,8 @@ struct CodesLayout {
 using LargestPart = int32_t(const float* x, int64_t count);
 // Rounds values, each multiplied by that one of `channels` factors whose turn it is, if there are any.
 using RoundPart = void(const float* x, int64_t count, float scale, const float* factors, int64_t channels, void* to);
+// Multiplies values each by that one of `channels` factors whose turn it is.
+using GatePart = void(const float* x, int64_t count, const float* factors, int64_t channels, float* to);
 // Makes of codes with 128 added, as they are between convolutions, what `RoundPart` writes.
 using WidenPart = void(const uint8_t* x, int64_t count, void* to);
 // Lays out columns [column, column_end) of the weights for products of codes [terms, o], and finds their `offset`. Both
@@ -96,6 +98,7 @@ struct ConvolutionVariant {
   DepthwisePart* depthwise;
   LargestPart* largest;
   RoundPart* round;
+  GatePart* gate;
   WidenPart* widen;
   PackPart* pack;
   const DepthwiseVariant* depthwise_codes;

@@ -91,9 +91,33 @@ void pad(ffi::ThreadPool& pool, const Window& w, int64_t bytes, int zero, void* 
   });
 }
 
+// Calls `work(pixel, end, example)` for pixels of one example each.
+template <typename Work>
+void by_example(const Window& w, int64_t pixel, int64_t end, const Work& work) {
+  while (pixel < end) {
+    const int64_t example = pixel / (w.h * w.w), stop = std::min(end, (example + 1) * w.h * w.w);
+    work(pixel, stop, example);
+    pixel = stop;
+  }
+}
+
+bool is_one_position(const Window& w) {
+  return w.k_h == 1 && w.k_w == 1 && w.stride_h == 1 && w.stride_w == 1 && !w.is_padded();
+}
+
+// Whether a gate [n, 1, 1, c] is there, and fits.
+ffi::Error gate_of(ffi::AnyBuffer& gate, const Window& w, bool may_be, const float*& factors) {
+  factors = gate.element_count() == 0 ? nullptr : static_cast<const float*>(gate.untyped_data());
+  if (factors == nullptr) return ffi::Error::Success();
+  if (gate.element_type() != ffi::F32 || static_cast<int64_t>(gate.element_count()) != w.n * w.c)
+    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  if (!may_be) return ffi::Error::InvalidArgument("convolution: no gate is for these images");
+  return ffi::Error::Success();
+}
+
 ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::BufferR4<ffi::F32> weights,
-                       ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual, Geometry geometry, Geometry activation,
-                       ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32> y) {
+                       ffi::AnyBuffer gate, ffi::BufferR1<ffi::F32> bias, ffi::AnyBuffer residual, Geometry geometry,
+                       Geometry activation, ffi::Span<const float> bounds, ffi::ResultBufferR4<ffi::F32> y) {
   Convolution p{};
   Window& w = p.window;
   if (auto error = window_of(geometry, x.dimensions(), y->dimensions(), w); error.failure()) return error;
@@ -102,6 +126,8 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
   const bool depthwise = shape[2] == 1 && w.c != 1;
   if (shape[0] != w.k_h || shape[1] != w.k_w || shape[3] != w.o || (depthwise ? w.o : shape[2]) != w.c)
     return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
+  const float* factors;
+  if (auto error = gate_of(gate, w, is_one_position(w) && !depthwise, factors); error.failure()) return error;
   if (y->element_count() == 0) return ffi::Error::Success();
   const ConvolutionVariant& variant = chosen();
   const int64_t lanes = variant.codes.lanes;
@@ -118,6 +144,18 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
   p.epilogue.bias = wide.bias;
   if (depthwise) {
     by_rows(pool, w, [&](int64_t row, int64_t row_end) { variant.depthwise(p, row, row_end); });
+    return ffi::Error::Success();
+  }
+  if (factors != nullptr) {
+    const Scratch gated = scratch(w.pixels() * w.c * 4);
+    auto* const to = static_cast<float*>(gated.get());
+    if (to == nullptr) return no_memory();
+    p.x = to;
+    multiply(pool, variant, false, p, [&](int64_t pixel, int64_t end) {
+      by_example(w, pixel, end, [&](int64_t from, int64_t stop, int64_t example) {
+        variant.gate(x.typed_data() + from * w.c, (stop - from) * w.c, factors + example * w.c, w.c, to + from * w.c);
+      });
+    });
     return ffi::Error::Success();
   }
   Scratch padded;
@@ -202,15 +240,13 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
     else
       variant.round(x + from, count, p.row_scale[example], gate == nullptr ? gate : gate + example * w.c, w.c, to);
   };
-  if (w.k_h == 1 && w.k_w == 1 && w.stride_h == 1 && w.stride_w == 1 && !w.is_padded()) {
+  if (is_one_position(w)) {
     // Pixels are read once, by the part that rounds them.
     multiply(pool, variant, true, p, [&](int64_t pixel, int64_t end) {
-      while (pixel < end) {
-        const int64_t example = pixel / (w.h * w.w), stop = std::min(end, (example + 1) * w.h * w.w);
-        convert(pixel * w.c, (stop - pixel) * w.c, example,
-                static_cast<uint8_t*>(rounded.get()) + pixel * w.c * layout.bytes);
-        pixel = stop;
-      }
+      by_example(w, pixel, end, [&](int64_t from, int64_t stop, int64_t example) {
+        convert(from * w.c, (stop - from) * w.c, example,
+                static_cast<uint8_t*>(rounded.get()) + from * w.c * layout.bytes);
+      });
     });
     return ffi::Error::Success();
   }
@@ -241,11 +277,8 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   if ((!read_codes && x.element_type() != ffi::F32) || (read_codes && dynamic) ||
       y->element_type() != (write_codes ? ffi::U8 : ffi::F32))
     return ffi::Error::InvalidArgument("convolution: images are floats, or codes with a scale");
-  const bool gated = gate.element_count() > 0;
-  if (gated && (gate.element_type() != ffi::F32 || static_cast<int64_t>(gate.element_count()) != w.n * w.c))
-    return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
-  if (gated && (read_codes || dynamic || depthwise))
-    return ffi::Error::InvalidArgument("convolution: a gate is for floats, a static scale and all channels together");
+  const float* factors;
+  if (auto error = gate_of(gate, w, !read_codes && !dynamic && !depthwise, factors); error.failure()) return error;
   if (y->element_count() == 0) return ffi::Error::Success();
   const ConvolutionVariant& variant = chosen();
   const CodesLayout& layout = variant.codes;
@@ -327,11 +360,11 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
     std::memcpy(&found, &bits, 4);
     return found;
   };
-  const float widest = largest(p.scale);
-  p.numbers = std::all_of(row_scale, row_scale + w.n, [&](float scale) { return std::isfinite(widest * scale); }) &&
-              (p.epilogue.bias == nullptr || std::isfinite(largest(p.epilogue.bias)));
+  // No sum is larger than this, nor than the largest integer times its factor.
+  const float widest = largest(p.scale), bias_size = p.epilogue.bias == nullptr ? 0.0f : largest(p.epilogue.bias);
+  p.numbers = std::all_of(row_scale, row_scale + w.n,
+                          [&](float scale) { return std::isfinite(widest * scale * 0x1p31f + bias_size); });
   if (depthwise) return depthwise_of_codes(pool, *variant.depthwise_codes, p, floats);
-  const auto* factors = gated ? static_cast<const float*>(gate.untyped_data()) : nullptr;
   return dense_of_codes(pool, variant, p, floats, factors, bytes);
 }
 
@@ -345,6 +378,7 @@ XLA_FFI_DEFINE_HANDLER(kConvolution, lepton::convolution,
                            .Ctx<ffi::ThreadPool>()
                            .Arg<ffi::BufferR4<ffi::F32>>()
                            .Arg<ffi::BufferR4<ffi::F32>>()
+                           .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::BufferR1<ffi::F32>>()
                            .Arg<ffi::AnyBuffer>()
                            .Attr<ffi::Span<const int64_t>>("geometry")

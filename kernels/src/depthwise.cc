@@ -185,6 +185,8 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
                   int64_t c) {
   const int64_t apart = p.window.c;
   const Brief brief = finish.brief();
+  const SiluCodes silu_codes = finish.silu_codes();
+  const bool is_silu = finish.is_silu() || finish.gives_silus();
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const int64_t at = c + v * kLanes;
@@ -194,6 +196,20 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
     Floats values[P];
 #pragma GCC unroll 4
     for (int i = 0; i < P; ++i) values[i] = as_floats(sums[i][v]) * factor + bias;
+    if (kWhole && is_silu) {  // too long to be there for each
+      Floats held[P];
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) held[i] = values[i];
+#pragma GCC unroll 1
+      for (int i = 0; i < P; ++i) {
+        const int64_t to = (pixel + i) * apart + at;
+        if (finish.codes != nullptr)
+          silu_codes(held[i], to);
+        else
+          store(finish.y + to, silu(held[i]));
+      }
+      continue;
+    }
     if (kWhole && finish.is_brief()) {
       Ints least = Brief::most();
 #pragma GCC unroll 4

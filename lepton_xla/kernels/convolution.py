@@ -101,7 +101,8 @@ def convolve(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     if not x.shape[3]:  # the kernel divides by the number of channels
         return jnp.zeros(*shape(x, weight, geometry=geometry))
     none = jnp.zeros(0, jnp.float32)
-    return _CONVOLUTION.bind(x, weight, none, none, geometry=geometry, epilogue=Epilogue())
+    operands = FloatOperands(x, weight, gate=none, bias=none, residual=none)
+    return operands.bind({"geometry": geometry, "epilogue": Epilogue()})
 
 
 def convolve_codes(
@@ -132,6 +133,31 @@ def convolve_codes(
     none = jnp.zeros(0, jnp.float32)
     operands = Operands(x, weight.values, weight.scale, static, result=none, gate=none, bias=none, residual=none)
     return operands.bind({"geometry": geometry, "epilogue": Epilogue()})
+
+
+class FloatOperands(NamedTuple):
+    """Those of a convolution in float, as its equation has them; what has no elements is not there.
+
+    Attributes:
+        x: the images.
+        weight: float32 [h, w, C, O].
+        gate: what images are multiplied by, float32 [N, 1, 1, C]; only where a window is one position.
+        bias, residual: of the epilogue.
+    """
+
+    x: Any
+    weight: Any
+    gate: Any
+    bias: Any
+    residual: Any
+
+    def bind(self, params: Mapping[str, Any]) -> jax.Array:
+        """The convolution of these operands."""
+        return _CONVOLUTION.bind(*self, **params)
+
+    def may_be_gated(self, geometry: Geometry) -> bool:
+        """Whether images may be multiplied by a gate, and are not yet."""
+        return self.gate.ndim == 1 and geometry == Geometry((1, 1)) and self.weight.shape[2] == self.x.shape[3]
 
 
 class Operands(NamedTuple):
@@ -196,10 +222,10 @@ def _shape_of_codes(*operands: Any, geometry: Geometry, **_: Any) -> tuple[tuple
     return sizes, jnp.dtype("uint8") if given.result.shape[0] else dtype
 
 
-def by_xla(
-    x: jax.Array, weight: jax.Array, bias: jax.Array, residual: jax.Array, *, geometry: Geometry, epilogue: Epilogue
-) -> jax.Array:
+def by_xla(*operands: jax.Array, geometry: Geometry, epilogue: Epilogue) -> jax.Array:
     """The same in XLA's own operations."""
+    x, weight, gate, bias, residual = FloatOperands(*operands)
+    x = x * gate if gate.ndim == 4 else x
     depthwise = weight.shape[2] == 1 and x.shape[3] != 1
     out = _shifted(x, weight, geometry) if depthwise else _convolved(x, weight, geometry)
     return epilogue.apply(out, bias, residual)
@@ -228,7 +254,7 @@ def _shifted(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     return total
 
 
-def _codes_by_xla(*operands: jax.Array, geometry: Geometry, epilogue: Epilogue) -> jax.Array:
+def codes_by_xla(*operands: jax.Array, geometry: Geometry, epilogue: Epilogue) -> jax.Array:
     """The same in XLA's own operations."""
     given, int8 = Operands(*operands), FORMATS["int8"]
     x, static = given.x, given.static
@@ -266,8 +292,10 @@ def _integer_call(*operands: Any, **params: Any) -> tuple[str, tuple[Any, ...], 
     return _call("integer_convolution", *operands, **params)
 
 
-_CONVOLUTION = _compat.row_primitive(FLOAT, shape, by_xla, _float_call, by_row=(0, 3))
+_CONVOLUTION = _compat.row_primitive(FLOAT, shape, by_xla, _float_call, by_row=(0, 2, 4))
 _INTEGER_CONVOLUTION = _compat.row_primitive(
-    "integer_convolution", _shape_of_codes, _codes_by_xla, _integer_call, by_row=(0, 5, 7)
+    "integer_convolution", _shape_of_codes, codes_by_xla, _integer_call, by_row=(0, 5, 7)
 )
 PRIMITIVES = {FLOAT: _CONVOLUTION, "integer_convolution": _INTEGER_CONVOLUTION}
+OPERANDS = {FLOAT: FloatOperands, "integer_convolution": Operands}
+"""Those of each of them."""

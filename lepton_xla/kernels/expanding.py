@@ -56,8 +56,8 @@ def _by_xla(
 ) -> jax.Array:
     """The same in XLA's own operations."""
     none = jnp.zeros(0, jnp.float32)
-    wide = convolution.by_xla(x, weight, bias, none, geometry=Geometry((1, 1)), epilogue=before)
-    return convolution.by_xla(wide, window, second, none, geometry=geometry, epilogue=after)
+    wide = convolution.by_xla(x, weight, none, bias, none, geometry=Geometry((1, 1)), epilogue=before)
+    return convolution.by_xla(wide, window, none, second, none, geometry=geometry, epilogue=after)
 
 
 def _call(

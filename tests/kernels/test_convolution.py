@@ -83,9 +83,8 @@ def of_codes(x, weight, geometry, static=None):
 
 
 def by_kernel(name, operands, bias, residual, geometry, epilogue, gate=NONE):
-    """One call of the primitive with an epilogue, and of codes with a gate."""
-    gates = [gate] if name == "integer_convolution" else []
-    given_operands = [jnp.asarray(operand) for operand in (*operands, *gates, NONE, NONE)]
+    """One call of the primitive with an epilogue and a gate."""
+    given_operands = [jnp.asarray(operand) for operand in (*operands, gate, NONE, NONE)]
     return np.asarray(
         convolution.followed(name, given_operands, jnp.asarray(bias), jnp.asarray(residual), geometry, epilogue)
     )
@@ -118,17 +117,20 @@ random_cases = settings(max_examples=15, deadline=None, suppress_health_check=[H
     depthwise=st.booleans(),
     geometry=GEOMETRIES,
     epilogue=EPILOGUES,
-    extra=st.tuples(st.booleans(), st.booleans()),
+    extra=st.tuples(st.booleans(), st.booleans(), st.booleans()),
 )
 def test_every_shape_in_float(variants, size, channels, columns, depthwise, geometry, epilogue, extra):
-    x, columns = array(*size, channels), channels if depthwise else columns
+    x, columns, gated = array(*size, channels), channels if depthwise else columns, extra[2] and not depthwise
+    geometry = Geometry((1, 1)) if gated else geometry
+    gate = array(size[0], 1, 1, channels, seed=5) if gated else NONE
     weight = array(*geometry.window, 1 if depthwise else channels, columns, seed=2)
-    exact = summed(x.astype(np.float64), weight.astype(np.float64), geometry)
+    wide = (x * gate if gated else x).astype(np.float64)
+    exact = summed(wide, weight.astype(np.float64), geometry)
     bias = array(columns, seed=3) if extra[0] else NONE
     residual = array(*exact.shape, seed=4) if extra[1] else NONE
     expected = finished(exact, bias, residual, epilogue)
     for _ in variants():
-        got = by_kernel("convolution", (x, weight), bias, residual, geometry, epilogue)
+        got = by_kernel("convolution", (x, weight), bias, residual, geometry, epilogue, gate)
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * math.sqrt(weight.size / columns))
 
 
@@ -348,12 +350,14 @@ WRONG = {
     "residual": {"residual": (1, 3, 3, 4)},
     "result": {"y": (2, 4, 3, 4)},
     "examples": {"y": (3, 3, 3, 4)},
+    "gate": {"gate": (2, 1, 1, 4)},
 }
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=list(WRONG))
 def test_operands_that_do_not_fit_are_refused(kernels, change):
-    shapes = {"x": (2, 5, 5, 3), "weight": (3, 3, 3, 4), "bias": (0,), "residual": (0,), "y": (2, 3, 3, 4)} | change
+    shapes = {"x": (2, 5, 5, 3), "weight": (3, 3, 3, 4), "gate": (0,), "bias": (0,), "residual": (0,)}
+    shapes |= {"y": (2, 3, 3, 4)} | change
     call = jax.ffi.ffi_call(f"{installation.PREFIX}convolution", jax.ShapeDtypeStruct(shapes.pop("y"), jnp.float32))
     operands = [jnp.zeros(shape, jnp.float32) for shape in shapes.values()]
     attributes = {"geometry": Geometry((3, 3)).numbers(), **PLAIN.attributes()}
@@ -366,7 +370,7 @@ def test_geometries_that_reach_outside_are_refused(kernels, place):
     numbers = dataclasses.replace(Geometry((3, 3)), padding=((1, 1), (1, 1))).numbers()
     numbers[place] = -1 if place > 5 else 0
     for name, operands in {
-        "convolution": ((2, 3, 3, 3), (3, 3, 3, 4), (0,), (0,)),
+        "convolution": ((2, 3, 3, 3), (3, 3, 3, 4), (0,), (0,), (0,)),
         "integer_convolution": ((2, 3, 3, 3), (27, 4), (1, 4), (0,), (0,), (0,), (0,), (0,)),
     }.items():
         call = jax.ffi.ffi_call(f"{installation.PREFIX}{name}", jax.ShapeDtypeStruct((2, 3, 3, 4), jnp.float32))

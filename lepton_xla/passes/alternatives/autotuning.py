@@ -1,9 +1,9 @@
 """Replaces operations that XLA is slow at by alternatives that measure faster.
 
-Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, `attending` and
-`norming` for attention and norms by a kernel, and `single_row` for products of a single row. Each is timed against
-XLA's own operation at the sizes to be compiled. Then the whole program is timed with all winners, because an operation
-costs more or less among its neighbours than alone; if it is slower, with convolutions, products, attention and norms in
+Alternatives are `shifted` for grouped convolutions, `convolving` for convolutions by a kernel, `attending`, `norming`
+and `exciting` for attention, norms and squeeze-excite by a kernel, and `single_row` for products of a single row. Each
+is timed against XLA's own operation at the sizes to be compiled. Then the whole program is timed with all winners,
+because an operation costs more or less among its neighbours than alone; if it is slower, with each kind of operation in
 turn, so that what one of them loses does not cost the others' gain. At last it is timed with all convolutions by
 kernels, joined where `expanding` can: these leave out what XLA would do in between, so they may win together.
 """
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.arguments import takes
-from lepton_xla.passes.alternatives import attending, expanding, fusing, norming
+from lepton_xla.passes.alternatives import attending, exciting, expanding, fusing, norming
 from lepton_xla.passes.alternatives.choices import CONVOLUTION, KERNEL, XLA, Choices, Timing, kind_of, ways
 from lepton_xla.passes.core.layouts import Step
 from lepton_xla.passes.core.sites import Site, trace_sites
@@ -38,7 +38,7 @@ WORTH_RATIO = 0.97
 # Maximum number of sizes at which the whole program is timed.
 MAX_SIZES = 2
 _TOGETHER = "alone XLA's own is as fast, but not in the whole program with all convolutions by kernels"
-type _Pattern = attending.Pattern | norming.Pattern
+type _Pattern = attending.Pattern | norming.Pattern | exciting.Pattern
 
 
 @takes(program=Program, progress=Callable)
@@ -229,9 +229,9 @@ class _Facts:
 
 
 def _patterns(fn: Callable[..., Any], weights: Any, inputs: Sequence[Any]) -> dict[str, _Pattern]:
-    """The attention and the norms of a program, by name."""
+    """The attention, the norms and the squeeze-excite of a program, by name."""
     found: dict[str, _Pattern] = {}
-    for module in (attending, norming):
+    for module in (attending, norming, exciting):
         closed = jax.make_jaxpr(module.flat(fn))(weights, *inputs)
         for number, pattern in enumerate(module.find(closed)):
             scope = _compat.scope(pattern.first)

@@ -10,8 +10,17 @@ from typing import Any
 
 import jax
 
-from lepton_xla.kernels import attention, norm
-from lepton_xla.passes.alternatives import attending, convolving, expanding, fusing, norming, shifted, single_row
+from lepton_xla.kernels import attention, excitation, norm
+from lepton_xla.passes.alternatives import (
+    attending,
+    convolving,
+    exciting,
+    expanding,
+    fusing,
+    norming,
+    shifted,
+    single_row,
+)
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.walker import Context, TracedValue, Values, materialize
 
@@ -118,13 +127,18 @@ class Choices:
             compute = self.of(eqn)
             return None if compute is None else [compute(*(materialize(value) for value in values))]
 
+        def by_kernel(pattern: Any) -> bool:
+            return self.way.get(pattern.kind, XLA) == KERNEL
+
         rules = dict.fromkeys(_PRIMITIVES, rule) | {"transpose": _follow_transpose}
-        tuned = rewrite(fn, rules, inline=True, on_unknown="keep") if self.any else fn
-        by_kernel = {kind[0] for kind, way in self.way.items() if way == KERNEL}
-        if attention.PRIMITIVE.name in by_kernel:
-            tuned = attending.attend(tuned, lambda pattern: self.way.get(pattern.kind, XLA) == KERNEL)
-        if norm.PRIMITIVE.name in by_kernel:
-            tuned = norming.normalize(tuned, lambda pattern: self.way.get(pattern.kind, XLA) == KERNEL)
+        kernels = {kind[0] for kind, way in self.way.items() if way == KERNEL}
+        # First of all, since its products are convolutions.
+        tuned = exciting.excite(fn, by_kernel) if excitation.PRIMITIVE.name in kernels else fn
+        tuned = rewrite(tuned, rules, inline=True, on_unknown="keep") if self.any else tuned
+        if attention.PRIMITIVE.name in kernels:
+            tuned = attending.attend(tuned, by_kernel)
+        if norm.PRIMITIVE.name in kernels:
+            tuned = norming.normalize(tuned, by_kernel)
         if KERNEL not in self.way.values():
             return tuned
         fused = fusing.fuse(tuned)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lepton_xla import _compat
 from lepton_xla.kernels import expanding
-from lepton_xla.kernels.convolution import FLOAT, Geometry
+from lepton_xla.kernels.convolution import FLOAT, FloatOperands, Geometry
 from lepton_xla.passes.core.activations import Graph
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
@@ -46,13 +46,13 @@ def _rules(closed: Any) -> Mapping[str, Rule]:
         first = firsts.get(id(eqn))
         if first is None:
             return None
-        x, weight, bias, _ = (materialize(value) for value in notes[str(id(first))])
-        window, second = (materialize(value) for value in values[1:3])
+        widening = FloatOperands(*(materialize(value) for value in notes[str(id(first))]))
+        filters = FloatOperands(None, *(materialize(value) for value in values[1:]))
         return [
             expanding.expand(
-                x,
-                (weight, bias, first.params["epilogue"]),
-                (window, second, eqn.params["epilogue"]),
+                widening.x,
+                (widening.weight, widening.bias, first.params["epilogue"]),
+                (filters.weight, filters.bias, eqn.params["epilogue"]),
                 eqn.params["geometry"],
             )
         ]
@@ -61,8 +61,11 @@ def _rules(closed: Any) -> Mapping[str, Rule]:
 
 
 def _plain(eqn: Any) -> bool:
-    """Whether an equation is a convolution in float by a kernel, without a residual."""
-    return eqn.primitive.name == FLOAT and eqn.invars[3].aval.shape == (0,)
+    """Whether an equation is a convolution in float by a kernel, without a gate and a residual."""
+    if eqn.primitive.name != FLOAT:
+        return False
+    given = FloatOperands(*(atom.aval for atom in eqn.invars))
+    return given.gate.shape == given.residual.shape == (0,)
 
 
 def _widens(eqn: Any) -> bool:

@@ -1,6 +1,6 @@
 """Gives convolutions by kernels what is around them, so that it costs no pass of its own.
 
-That is bias, activation and residual after them, and before those of codes a factor for each channel of an example, as
+That is bias, activation and residual after them, and before them a factor for each channel of an example, as
 squeeze-excite has it.
 """
 
@@ -18,7 +18,7 @@ from jax import lax
 
 from lepton_xla import _compat
 from lepton_xla.kernels import convolution
-from lepton_xla.kernels.convolution import Epilogue, Operands
+from lepton_xla.kernels.convolution import OPERANDS, Epilogue
 from lepton_xla.passes.core.activations import Graph, find_activation
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
@@ -107,7 +107,8 @@ def _rules(closed: Any) -> Mapping[str, Rule]:
         if chain.gate is not None:
             gate, place = chain.gate
             factors = notes[str(id(gate))]
-            values = list(Operands(*values)._replace(x=factors[1 - place], gate=factors[place]))
+            named = OPERANDS[chain.start.primitive.name](*values)
+            values = list(named._replace(x=factors[1 - place], gate=factors[place]))
         operands = [materialize(value) for value in values]
 
         def operand(place: tuple[Any, int] | None) -> jax.Array | None:
@@ -144,17 +145,17 @@ def _chains(jaxpr: Any) -> list[_Chain]:
 
 
 def _gate(chain: _Chain, graph: Graph, taken: set[int]) -> None:
-    """Take the equation before a convolution of codes in, if it multiplies each channel of an example by a factor."""
+    """Take the equation before a convolution in, if it multiplies each channel of an example by a factor."""
     start = chain.start
     eqn = graph.made_by(start.invars[0])
-    if start.primitive is not convolution.PRIMITIVES["integer_convolution"] or eqn is None or id(eqn) in taken:
+    if eqn is None or id(eqn) in taken:
         return
     if eqn.primitive.name != "mul" or graph.only_reader(eqn.outvars[0]) is not start:
         return
     shape = eqn.outvars[0].aval.shape
     images, factors = shape, (shape[0], 1, 1, shape[3])
     shapes = [atom.aval.shape for atom in eqn.invars]
-    given = Operands(*(atom.aval for atom in start.invars))
+    given = OPERANDS[start.primitive.name](*(atom.aval for atom in start.invars))
     fit = factors != images and shapes in ([images, factors], [factors, images])
     if fit and given.may_be_gated(start.params["geometry"]):
         chain.gate = (eqn, shapes.index(factors))

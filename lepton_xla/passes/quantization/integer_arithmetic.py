@@ -18,8 +18,8 @@ import jax
 
 from lepton_xla.arguments import takes
 from lepton_xla.derivations import Step
+from lepton_xla.passes.alternatives import exciting, fusing
 from lepton_xla.passes.alternatives.autotuning import choose, times_us
-from lepton_xla.passes.alternatives.fusing import fuse
 from lepton_xla.passes.alternatives.passing import pass_codes
 from lepton_xla.passes.core import memory
 from lepton_xla.passes.core.alike import Alike
@@ -190,9 +190,9 @@ def quantize(
         side_inputs = {key: name for key, name in names.items() if key[0] in integer}
         ways = selection.ways_of(integer, timings if kernels else selection.without_kernels(timings), passing)
         lowered = _lowered(program.fn, like, every, side_inputs, ways, timer.target, fused)
-        by_kernel = {name for name, found in ways.items() if "kernel" in found.values()}
-        convolved = any(each.site.kind == "conv_general_dilated" and each.site.name in by_kernel for each in every)
-        return pass_codes(fuse(lowered)) if convolved else lowered
+        by_kernel = {each.site.kind for each in every if "kernel" in ways.get(each.site.name, {}).values()}
+        passed = exciting.excite(pass_codes(fusing.fuse(lowered)), lambda pattern: pattern.codes)
+        return passed if "conv_general_dilated" in by_kernel else lowered
 
     compiled: dict[str, Any] = {}
     laid: dict[str, jax.Array] = {}
