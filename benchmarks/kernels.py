@@ -5,8 +5,8 @@
 Needs the package lepton-xla-kernels (`make kernels`). Section `products`: a product with a float weight, with codes in
 XLA's own operations, and by the kernel, in turns. Section `decode`: a decoder of 110 million parameters with random
 weights makes one token, behind 128 cached ones, as float and as `optimize` leaves it with each preset. Section
-`minilm`: all-MiniLM-L6-v2 in int8, with and without kernels, beside OpenVINO and ONNX Runtime, if they are installed.
-Section `convolutions`: layers of MobileNetV2 and of a residual CNN, by XLA and by the kernels. Writes
+`minilm`: all-MiniLM-L6-v2 in int8, with and without kernels, beside OpenVINO, ONNX Runtime and qwix, if they are
+installed. Section `convolutions`: layers of MobileNetV2 and of a residual CNN, by XLA and by the kernels. Writes
 docs/benchmarks/kernels.md.
 """
 
@@ -193,6 +193,9 @@ def minilm(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         small["int8, without kernels"] = lx.optimize(program, recipe, calibration=data, buckets=spec.buckets)
     graphs = peers.onnx_peers(model) if importlib.util.find_spec("onnx") else []
     others = [peer for peer in graphs if "int8" in peer.name]
+    setting = peers.qwix_setting(recipe.quantize[0])
+    if peers.available()["qwix"] and setting is not None:
+        others.append(peers.qwix_ptq(model, *setting))
     cells: dict[str, dict[str, float]] = {}
     sizes = [dict(zip(spec.buckets, at, strict=True)) for at in itertools.product(*spec.buckets.values())]
     for at in sizes:
@@ -248,7 +251,7 @@ SECTIONS = {
         minilm_tables,
         "## MiniLM in int8\n\nall-MiniLM-L6-v2 at batch x length, all calls in turns; in brackets the time over that "
         "of `int8` in the same rounds: above 1 is slower than ours. OpenVINO and ONNX Runtime quantize with their own "
-        "tools and the same data.",
+        "tools and the same data; qwix rounds activations on each call, as ours does.",
     ),
 }
 
