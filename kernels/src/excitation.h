@@ -24,10 +24,9 @@ struct Excitation {
   ConvolutionEpilogue activation;  // what follows the narrow one; only its activation and bounds count
   int64_t pixels;
 
-  // Elements of the memory that `excite` needs, and of a third of it: as much as the wider of the two has, and whole
-  // vectors.
+  // Elements of the memory that `excite` needs, and of a third of it: what the products read, in whole vectors.
   int64_t scratch() const { return 3 * third(); }
-  int64_t third() const { return (wide.columns > narrow.columns ? wide.columns : narrow.columns) + 16; }
+  int64_t third() const { return (narrow.rows > wide.rows ? narrow.rows : wide.rows) + 16; }
 };
 
 struct ExcitationVariant {

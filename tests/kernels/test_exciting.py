@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import lepton_xla as lx
@@ -62,6 +62,7 @@ def reference(x, narrow, wide, epilogue):
     codes=st.booleans(),
     biased=st.booleans(),
 )
+@example(size=(1, 3, 2), sizes=(90, 34, 2), epilogue=SILU, codes=False, biased=True)
 def test_every_shape(variants, size, sizes, epilogue, codes, biased):
     x = array(*size, sizes[0])
     operands = steps(*sizes, codes=codes, biased=biased)
