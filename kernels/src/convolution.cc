@@ -24,6 +24,7 @@ constexpr double kFloatProducts = 1 << 19, kCodeProducts = 1 << 18;
 constexpr int64_t kWeightsBytes = 192 << 10;
 
 struct InFloat {
+  static constexpr bool kOfCodes = false;
   static constexpr int kBytes = 4;  // of an element of x
   using Sum = Floats;
   using Weights = Floats;
@@ -42,6 +43,7 @@ struct InFloat {
 // The instruction takes unsigned by signed bytes: codes of x have 128 added, which `offset` takes away again.
 constexpr CodesLayout kCodes = {kLanes, 4, 1, 128};
 struct OfCodes {
+  static constexpr bool kOfCodes = true;
   static constexpr int kBytes = kCodes.bytes;
   using Sum = Ints;  // a vector and no struct, of which GCC 12 keeps arrays in memory
   using Weights = __m512i;
@@ -57,6 +59,7 @@ struct OfCodes {
 // Pairs of 16 bits, whose products fit into 32.
 constexpr CodesLayout kCodes = {kLanes, 2, 2, 0};
 struct OfCodes {
+  static constexpr bool kOfCodes = true;
   static constexpr int kBytes = kCodes.bytes;
   using Sum = Ints;
   using Weights = Ints;
@@ -123,23 +126,22 @@ __attribute__((always_inline)) inline void write(const Convolution& p, const Fin
   if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1>(p, finish, rows, sums, pixel, column);
 }
 
-// The same, briefly, of one example and whole vectors; returns the `least` that is left over. `factor` and `bias` are those
-// of the AT-th sum's column: read again for each, since what is written might be there for all that a compiler knows, they
-// would take as long. `pitch` is from one pixel to the next.
+// The same, briefly, of one example; the last vector has `left` channels. `factor` and `bias` are those of the AT-th sum's
+// column: read again for each, since what is written might be there for all that a compiler knows, they would take as long.
+// `pitch` is from one pixel to the next.
 template <class Op, int MR, int NR, int AT>
-__attribute__((always_inline)) inline Ints write_brief(const Convolution& p, Brief brief, int64_t example,
+__attribute__((always_inline)) inline void write_brief(const Convolution& p, Brief brief, int64_t example,
                                                        const typename Op::Sum (&sums)[MR][NR], int64_t to,
-                                                       int64_t pitch, int64_t column, Floats factor, Floats bias,
-                                                       Ints least) {
+                                                       int64_t pitch, int64_t column, int left, Floats factor,
+                                                       Floats bias) {
   constexpr int i = AT % MR, j = AT / MR;
   if constexpr (i == 0) {
-    const int64_t at = column + j * kLanes;
-    factor = Op::factor(p, example, at);
-    bias = bias_at(p.epilogue, at);
+    factor = p.row_scale[example] * load(p.code_factor + column + j * kLanes);
+    bias = load(p.code_bias + column + j * kLanes);
   }
-  least = brief(Op::value(sums[i][j], factor, bias), to + i * pitch + j * kLanes, least);
-  if constexpr (AT + 1 == MR * NR) return least;
-  else return write_brief<Op, MR, NR, AT + 1>(p, brief, example, sums, to, pitch, column, factor, bias, least);
+  brief(Op::value(sums[i][j], factor, bias), to + i * pitch + j * kLanes, j + 1 < NR ? kLanes : left);
+  if constexpr (AT + 1 < MR * NR)
+    write_brief<Op, MR, NR, AT + 1>(p, brief, example, sums, to, pitch, column, left, factor, bias);
 }
 
 // Writes the sums from the AT-th on to memory, from where a loop reads them: a SiLU is too long to be there for each.
@@ -225,14 +227,16 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
     }
   }
   if (Bounds::suffice(p)) return write_bounded<Op, MR, NR, 0>(p, Bounds(p.epilogue), rows, sums, pixel, column);
-  const Finish finish(p);
-  const bool whole = column + NR * kLanes <= window.o, together = rows.example[0] == rows.example[MR - 1];
-  if (finish.is_brief() && whole && together) {
-    const int64_t to = pixel * window.o + column;
-    const Ints least = write_brief<Op, MR, NR, 0>(p, finish.brief(), rows.example[0], sums, to, window.o, column, Floats{},
-                                                  Floats{}, Brief::most());
-    if (!in_doubt(least)) return;
+  const bool together = rows.example[0] == rows.example[MR - 1];
+  if constexpr (Op::kOfCodes) {
+    if (p.code_factor != nullptr && together) {
+      const int64_t last = window.o - column - (NR - 1) * kLanes;
+      return write_brief<Op, MR, NR, 0>(p, Brief(p), rows.example[0], sums, pixel * window.o + column, window.o, column,
+                                        static_cast<int>(last < kLanes ? last : kLanes), Floats{}, Floats{});
+    }
   }
+  const Finish finish(p);
+  const bool whole = column + NR * kLanes <= window.o;
   const bool is_silu = finish.gives_silus();
   if (!(is_silu || finish.is_silu()) || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
   typename Op::Sum held[MR * NR];

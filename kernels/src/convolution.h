@@ -54,6 +54,9 @@ struct Convolution {
   float* y;
   int64_t pitch;          // of depthwise ones in float: from a pixel of y to the next
   uint8_t* codes;         // written instead of y, each with 128 added; null: y is written
+  // Where a result is a sum and a bias between bounds: by what a sum is multiplied, and what is then added, that it becomes
+  // its code with 128 added, [stride] each; null: it is rounded otherwise.
+  const float *code_factor, *code_bias;
   // Of codes only.
   const float* scale;     // [stride], of columns
   const int32_t* offset;  // [stride], what is subtracted from the sums of a column

@@ -196,6 +196,37 @@ CodeScale code_scale(float scale) {
 
 float code_of_bound(float bound, float scale) { return std::nearbyint(std::clamp(bound / scale, -127.0f, 127.0f)); }
 
+// Whether all sums are finite that are multiplied by these factors, and these biases added; both are by column.
+bool are_numbers(const ConvolutionVariant& variant, const Convolution& p, const float* factors, const float* biases) {
+  const auto largest = [&](const float* values) {
+    if (values == nullptr) return 0.0f;
+    const int32_t bits = variant.largest(values, p.window.o);
+    float found;
+    std::memcpy(&found, &bits, 4);
+    return found;
+  };
+  const float factor = largest(factors), bias = largest(biases);
+  return std::all_of(p.row_scale, p.row_scale + p.window.n,
+                     [&](float scale) { return std::isfinite(factor * scale * 0x1p31f + bias); });
+}
+
+// Finds what makes codes of sums, in `memory` for two rows of columns, where a sum has a bias and then bounds at most. Without
+// a bias sums are multiplied and rounded as XLA does it, bit for bit.
+void find_codes(const ConvolutionVariant& variant, Convolution& p, float* memory) {
+  const ConvolutionEpilogue& e = p.epilogue;
+  const float inverse = e.code_scale.inverse;
+  if (p.codes == nullptr || e.bias == nullptr || e.residual != nullptr || inverse == 0.0f ||
+      e.activation == ConvolutionActivation::kSilu)
+    return;
+  for (int64_t i = 0; i < p.stride; ++i) {
+    memory[i] = p.scale[i] * inverse;
+    memory[p.stride + i] = e.bias[i] * inverse + 128.0f;
+  }
+  if (!are_numbers(variant, p, memory, memory + p.stride)) return;
+  p.code_factor = memory;
+  p.code_bias = memory + p.stride;
+}
+
 // Rounds what is in float, and cuts the rows of the result into parts.
 ffi::Error depthwise_of_codes(ffi::ThreadPool& pool, const DepthwiseVariant& variant, Convolution& p, const float* x) {
   const Window& w = p.window;
@@ -354,16 +385,10 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   p.weights = packed;
   p.offset = offset;
   p.row_scale = row_scale;
-  const auto largest = [&](const float* values) {
-    const int32_t bits = variant.largest(values, w.o);
-    float found;
-    std::memcpy(&found, &bits, 4);
-    return found;
-  };
-  // No sum is larger than this, nor than the largest integer times its factor.
-  const float widest = largest(p.scale), bias_size = p.epilogue.bias == nullptr ? 0.0f : largest(p.epilogue.bias);
-  p.numbers = std::all_of(row_scale, row_scale + w.n,
-                          [&](float scale) { return std::isfinite(widest * scale * 0x1p31f + bias_size); });
+  p.numbers = are_numbers(variant, p, p.scale, p.epilogue.bias);
+  const Scratch by_column = scratch(p.stride * 8);
+  if (by_column == nullptr) return no_memory();
+  find_codes(variant, p, static_cast<float*>(by_column.get()));
   if (depthwise) return depthwise_of_codes(pool, *variant.depthwise_codes, p, floats);
   return dense_of_codes(pool, variant, p, floats, factors, bytes);
 }

@@ -150,65 +150,25 @@ inline void store_bytes(uint8_t* to, Ints values, int count) {
 // Writes codes as bytes with 128 added.
 inline void store_codes(uint8_t* to, Ints codes, int count) { store_bytes(to, codes + 128, count); }
 
-inline Ints smaller(Ints a, Ints b) {
-#if defined(__AVX512F__)
-  return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-
-inline Ints larger(Ints a, Ints b) {
-#if defined(__AVX512F__)
-  return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
-// Writes codes of whole vectors by a product with the inverse of their scale, which takes fewer instructions than a
-// quotient. 256 + 128.5 are added to it: so the code with 128 added is in the eight bits above the last 15, and in those is
-// by how much the middle between two codes is exceeded, in units of 2^-15. All that is rounded on the way is less than one
-// unit. So one more is added, and the code is right unless less than two are left over. Bounds are applied to the bits,
-// which are in order as floats are. Passed by value, so that it is in registers: what is written might be there, for all
-// that a compiler knows.
+// Writes codes of sums that were multiplied by `code_factor`, and `code_bias` added. A sum with 2^23 is rounded to an integer,
+// and has the code with 128 added in its lowest bits. Passed by value, so that it is in registers: what is written might be
+// there, for all that a compiler knows.
 struct Brief {
   uint8_t* codes;
-  Floats inverse;
-  Ints low, high;  // the codes of the bounds, half a code beyond the middle
+  Floats low, high;
 
-  static constexpr int kUnits = 15;
-  static constexpr float kAdded = 256.0f + 128.5f;
+  explicit Brief(const Convolution& p)
+      : codes(p.codes),
+        low(Floats{} + (p.epilogue.low_code + 128.0f)),
+        high(Floats{} + (p.epilogue.high_code + 128.0f)) {}
 
-  explicit Brief(const ConvolutionEpilogue& e, uint8_t* codes)
-      : codes(codes),
-        inverse(Floats{} + e.code_scale.inverse),
-        low((Ints)(Floats{} + (e.low_code + kAdded))),
-        high((Ints)(Floats{} + (e.high_code + kAdded))) {}
-
-  // What is left over, in pairs of units, or `least` of others. Where that is zero, the code may be wrong.
-  __attribute__((always_inline)) Ints operator()(Floats v, int64_t at, Ints least) const {
-    const Ints bits = smaller(larger((Ints)(v * inverse + (kAdded + 0x1p-15f)), low), high);
-    store_bytes(codes + at, bits >> kUnits, kLanes);
-    return smaller(least, bits & ((1 << kUnits) - 2));
+  __attribute__((always_inline)) void operator()(Floats v, int64_t at, int count) const {
+    store_bytes(codes + at, (Ints)(bounded(v, low, high) + 0x1p23f), count);
   }
-  // The `least` of none.
-  static Ints most() { return Ints{} + (1 << kUnits); }
 };
 
-// Whether one of the codes may be wrong that `least` is of.
-__attribute__((always_inline)) inline bool in_doubt(Ints least) {
-#if defined(__AVX512F__)
-  return _mm512_testn_epi32_mask((__m512i)least, (__m512i)least) != 0;
-#else
-  bool found = false;
-  for (int lane = 0; lane < kLanes; ++lane) found |= least[lane] == 0;
-  return found;
-#endif
-}
-
 // Writes codes of SiLUs of whole vectors, of sums that are finite. A SiLU is rounded itself, so a product by the inverse of
-// the scale will do: the sum with 2^23 is rounded to an integer, and has the code with 128 added in its lowest bits.
+// the scale will do.
 struct SiluCodes {
   uint8_t* codes;
   Floats inverse;
@@ -231,18 +191,15 @@ struct Finish {
 
   explicit Finish(const Convolution& p) : e(p.epilogue), y(p.y), codes(p.codes), numbers(p.numbers) {}
 
-  // Whether `brief` may be called for whole vectors: no more than bounds, and then codes.
-  bool is_brief() const { return numbers && gives_codes() && e.activation != ConvolutionActivation::kSilu; }
-  // Whether `silu_of` may be.
-  bool is_silu() const { return numbers && gives_codes() && e.activation == ConvolutionActivation::kSilu; }
+  // Whether codes of SiLUs may be written by `silu_codes`.
+  bool is_silu() const {
+    return kHasQuotients && numbers && codes != nullptr && e.residual == nullptr && e.code_scale.inverse != 0.0f &&
+           e.activation == ConvolutionActivation::kSilu;
+  }
   // Whether nothing but a SiLU becomes of results in float.
   bool gives_silus() const {
     return codes == nullptr && e.residual == nullptr && e.activation == ConvolutionActivation::kSilu;
   }
-  bool gives_codes() const {
-    return kHasQuotients && codes != nullptr && e.residual == nullptr && e.code_scale.inverse != 0.0f;
-  }
-  __attribute__((always_inline)) Brief brief() const { return Brief(e, codes); }
   SiluCodes silu_codes() const { return {codes, Floats{} + e.code_scale.inverse}; }
 
   // `v` has its bias already; `count` channels from a position of the result on.

@@ -184,13 +184,19 @@ template <int P, int V, bool kWhole>
 inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)[P][V], int64_t pixel, float row_scale,
                   int64_t c) {
   const int64_t apart = p.window.c;
-  const Brief brief = finish.brief();
+  const Brief brief(p);
   const SiluCodes silu_codes = finish.silu_codes();
   const bool is_silu = finish.is_silu() || finish.gives_silus();
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const int64_t at = c + v * kLanes;
     const int count = kWhole ? kLanes : static_cast<int>(apart - at);
+    if (p.code_factor != nullptr) {
+      const Floats factor = row_scale * load(p.code_factor + at), bias = load(p.code_bias + at);
+#pragma GCC unroll 4
+      for (int i = 0; i < P; ++i) brief(as_floats(sums[i][v]) * factor + bias, (pixel + i) * apart + at, count);
+      continue;
+    }
     const Floats factor = row_scale * load(p.scale + at);
     const Floats bias = bias_at(finish.e, at);
     Floats values[P];
@@ -209,12 +215,6 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
           store(finish.y + to, silu(held[i]));
       }
       continue;
-    }
-    if (kWhole && finish.is_brief()) {
-      Ints least = Brief::most();
-#pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) least = brief(values[i], (pixel + i) * apart + at, least);
-      if (!in_doubt(least)) continue;
     }
 #pragma GCC unroll 4
     for (int i = 0; i < P; ++i) finish(values[i], (pixel + i) * apart + at, count);
