@@ -4,6 +4,7 @@
 // keys are read with their axes swapped, which is done once for all queries of a part.
 #include "attention.h"
 
+#include "attention_rounded.h"
 #include "attention_scores.h"
 #include "transpose.h"
 
@@ -68,6 +69,7 @@ void rows(const Attention& a, int64_t example, int64_t head, int64_t query, cons
   float *q = scratch, *scores = scratch + MR * depth;
   for (int i = 0; i < MR; ++i)
     copy_row(static_cast<const Element*>(a.q) + (row + i * a.heads) * a.depth, a.depth, depth, q + i * depth);
+  fetch(static_cast<const Element*>(a.q) + (row + MR * a.heads) * a.depth, a.heads * a.depth, a.depth, MR);
   const float* bias = a.bias;
   if (bias != nullptr) bias += example * a.bias_batch + head * a.bias_head + query * a.bias_query;
   Floats sums[MR][kVectors], most[MR];
@@ -79,7 +81,7 @@ void rows(const Attention& a, int64_t example, int64_t head, int64_t query, cons
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = key + v * kLanes;
-        const Floats value = finish_scores(a, bias == nullptr ? bias : bias + i * a.bias_query, at, sums[i][v]);
+        const Floats value = finish_scores(a, bias == nullptr ? bias : bias + i * a.bias_query, at, sums[i][v] * a.scale);
         store(scores + i * padded + at, value);
         most[i] = larger_of(value, most[i]);
       }
@@ -97,6 +99,17 @@ void rows(const Attention& a, int64_t example, int64_t head, int64_t query, cons
 
 template <typename Element>
 void part(const Attention& a, int64_t example, int64_t head, int64_t query, int64_t query_end, float* scratch) {
+#if defined(__AVX512VNNI__)
+  if (a.rounds && a.keys <= kMostKeys) {
+    RoundedHead<Element> rounded(a, example, head, scratch);
+    if (rounded.round()) {
+      for (; query + 8 <= query_end; query += 8) rounded.template rows<8>(query);
+      for (; query + 2 <= query_end; query += 2) rounded.template rows<2>(query);
+      if (query < query_end) rounded.template rows<1>(query);
+      return;
+    }
+  }
+#endif
   const int64_t width = Attention::padded(a.width);
   float* keys = scratch;
   float* values = keys + a.depth * Attention::padded(a.keys);

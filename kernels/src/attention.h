@@ -16,6 +16,7 @@ struct Attention {
   bool masks;        // a bias other than zero takes the place of a score
   bool heads_first;  // keys and values are k[B, H, K, D] and v[B, H, K, E] instead
   bool narrow, narrow_y;
+  bool rounds;  // many queries, keys, values and weights may be rounded to some 12 bits, by the largest of them
 
   // Up to so many queries, each reads keys and values where they are: no copy of them would pay.
   static constexpr int64_t kFew = 4;
@@ -26,7 +27,7 @@ struct Attention {
   // swapped, and its values.
   int64_t scratch() const {
     if (few()) return padded(depth) + padded(keys);
-    return 8 * (padded(depth) + padded(keys)) + depth * padded(keys) + keys * padded(width);
+    return (8 + padded(keys)) * padded(depth) + (8 + padded(width)) * padded(keys);
   }
 
   // Where the first row of a head of keys or values, of `size` elements each, is, and how far the next one is.

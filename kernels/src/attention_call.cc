@@ -32,7 +32,7 @@ bool is_narrow(ffi::DataType type) { return type == ffi::BF16; }
 bool is_float(ffi::DataType type) { return type == ffi::F32 || is_narrow(type); }
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     ffi::BufferR4<ffi::F32> bias, float scale, bool masks, bool heads_first,
+                     ffi::BufferR4<ffi::F32> bias, float scale, bool masks, bool heads_first, bool rounds,
                      ffi::Result<ffi::AnyBuffer> y) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), bs = bias.dimensions(), ys = y->dimensions();
   if (qs.size() != 4 || ks.size() != 4 || vs.size() != 4 || ys.size() != 4)
@@ -49,7 +49,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   a.narrow = is_narrow(type), a.narrow_y = is_narrow(y->element_type());
   a.batch = qs[0], a.queries = qs[1], a.heads = qs[2], a.depth = qs[3], a.keys = ks[keys], a.width = vs[3];
   a.scale = scale;
-  a.masks = masks, a.heads_first = heads_first;
+  a.masks = masks, a.heads_first = heads_first, a.rounds = rounds;
   const int64_t scores[] = {a.batch, a.heads, a.queries, a.keys};
   bool fits = ks[0] == a.batch && ks[heads] == a.heads && ks[3] == a.depth && vs[0] == a.batch && vs[keys] == a.keys &&
               vs[heads] == a.heads && ys[0] == a.batch && ys[1] == a.queries && ys[2] == a.heads && ys[3] == a.width;
@@ -111,6 +111,7 @@ XLA_FFI_DEFINE_HANDLER(kAttention, lepton::attention,
                            .Attr<float>("scale")
                            .Attr<bool>("masks")
                            .Attr<bool>("heads_first")
+                           .Attr<bool>("rounds")
                            .Ret<ffi::AnyBuffer>());
 
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* lepton_attention(XLA_FFI_CallFrame* frame) {

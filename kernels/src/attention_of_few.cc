@@ -13,13 +13,6 @@ namespace {
 constexpr int kVectors = 4;  // of a value that are added up at once
 constexpr int kAhead = 32;   // keys are fetched before they are multiplied: the processor does not foresee where heads are
 
-// Fetches rows of `size` elements that are `step` apart.
-template <typename Element>
-inline void fetch(const Element* from, int64_t step, int64_t size, int rows) {
-  for (int row = 0; row < rows; ++row)
-    for (int64_t at = 0; at < size; at += 64 / sizeof(Element)) __builtin_prefetch(from + row * step + at, 0, 2);
-}
-
 // A vector of the sums of vectors.
 inline Floats sums_of(Floats (&rows)[kLanes]) {
 #if defined(__AVX2__)
@@ -87,7 +80,7 @@ void row(const Attention& a, int64_t example, int64_t head, int64_t query, float
       fetch(values + key * a.step(a.width), a.step(a.width), a.width, kLanes);
       sums = multiply(a, q, from, left);
     }
-    const Floats value = finish_scores(a, bias, key, sums);
+    const Floats value = finish_scores(a, bias, key, sums * a.scale);
     store(scores + key, value);
     most = larger_of(value, most);
   }

@@ -34,6 +34,13 @@ inline void copy_row(const Element* from, int64_t count, int64_t padded, float* 
   for (int64_t at = 0; at < padded; at += kLanes) store(to + at, read_some(from + at, count - at));
 }
 
+// Fetches rows of `size` elements that are `step` apart.
+template <typename Element>
+inline void fetch(const Element* from, int64_t step, int64_t size, int rows) {
+  for (int row = 0; row < rows; ++row)
+    for (int64_t at = 0; at < size; at += 64 / sizeof(Element)) __builtin_prefetch(from + row * step + at, 0, 2);
+}
+
 // Writes up to `count` numbers of a result, from element `at` on, rounded to nearest if it has 16 bits.
 inline void write_some(const Attention& a, int64_t at, Floats values, int64_t count) {
   if (a.narrow_y) {
@@ -57,9 +64,8 @@ inline Floats read_bias(const Attention& a, const float* bias, int64_t key, int6
   return a.bias_key == 0 ? Floats{} + *bias : read_some(bias + key, left);
 }
 
-// Scores of a query from sums, with the bias of the query, if any; minus infinity where there is no key.
-inline Floats finish_scores(const Attention& a, const float* bias, int64_t key, Floats sums) {
-  Floats value = sums * a.scale;
+// Scores of a query with the bias of the query, if any; minus infinity where there is no key.
+inline Floats finish_scores(const Attention& a, const float* bias, int64_t key, Floats value) {
   const int64_t left = a.keys - key;
   if (bias != nullptr) {
     const Floats added = read_bias(a, bias, key, left);
@@ -72,6 +78,19 @@ inline Floats finish_scores(const Attention& a, const float* bias, int64_t key, 
 
 // e^x for x up to zero, to float32's precision; 0 where it would be smaller than a normal float, and NaN of NaN.
 inline Floats exp(Floats x) {
+#if defined(__AVX512F__)
+  // As a power of two, and a polynomial of what is left, within ln(2) / 2 of zero: off by 1e-7 of it.
+  const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504088896341f)), 8);
+  const __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693147180559945309f), (__m512)x);
+  __m512 value = _mm512_fmadd_ps(rest, _mm512_set1_ps(8.2902722e-3f), _mm512_set1_ps(4.18981612e-2f));
+  value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(0.166676387f));
+  value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(0.499991477f));
+  value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(0.999999702f));
+  value = _mm512_fmadd_ps(value, rest, _mm512_set1_ps(1.0f));
+  // Not less than, so that NaN stays.
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (Floats)_mm512_maskz_scalef_ps(counts, value, power);
+#else
   const Floats magic = Floats{} + 12582912.0f;  // adding it rounds to an integer, in the last bits
   const Floats at = larger_of(x, Floats{} - 87.0f);
   const Floats shifted = at * 1.44269504088896341f + magic, count = shifted - magic;
@@ -80,6 +99,7 @@ inline Floats exp(Floats x) {
   Floats value = exp_near_zero(rest) * (Floats)power;
   value = x < -87.0f ? Floats{} : value;
   return x == x ? value : x;
+#endif
 }
 
 // Makes scores exponentials, and returns their sum.

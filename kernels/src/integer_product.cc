@@ -99,6 +99,54 @@ void round_values(const float* x, const float* factor, int64_t k, float scale, u
   for (; i < k; ++i) to[i] = static_cast<uint8_t>(code(factors ? x[i] * factor[i] : x[i], scale) + kOffset);
 }
 
+#if defined(__AVX512VNNI__)
+// The codes of a row whose largest magnitude is 127 scales, by products with the inverse of its scale, in a third of a
+// quotient's time: 256 + 128.5 are added, so the code with its offset is in the eight bits above the last 15. All that is
+// rounded on the way is less than one unit of those. So one more is added, and the code is right unless less than two are
+// left over somewhere; then the result is false.
+template <bool factors>
+bool round_briefly(const float* x, const float* factor, int64_t k, float inverse, uint8_t* to) {
+  const __m512 by = _mm512_set1_ps(inverse), added = _mm512_set1_ps(256.0f + 128.5f + 0x1p-15f);
+  __m512i least = _mm512_set1_epi32(2);
+  const auto codes = [&](__m512 values) {
+    const __m512i bits = _mm512_castps_si512(_mm512_fmadd_ps(values, by, added));
+    least = _mm512_min_epu32(least, _mm512_and_si512(bits, _mm512_set1_epi32(0x7ffe)));
+    return _mm512_srli_epi32(bits, 15);
+  };
+  const auto read = [&](int64_t at) {
+    return codes((__m512)(factors ? load(x + at) * load(factor + at) : load(x + at)));
+  };
+  // Four vectors become one of bytes, whose order the last step restores: others go by lanes of 128 bits.
+  const __m512i byte = _mm512_set1_epi16(255);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
+    const __m512i low = _mm512_packus_epi32(read(i), read(i + kLanes));
+    const __m512i high = _mm512_packus_epi32(read(i + 2 * kLanes), read(i + 3 * kLanes));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_and_si512(low, byte), _mm512_and_si512(high, byte));
+    _mm512_storeu_si512(to + i, _mm512_permutexvar_epi32(order, bytes));
+  }
+  for (; i + kLanes <= k; i += kLanes)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(read(i)));
+  if (i < k) {
+    const __mmask16 inside = (1 << (k - i)) - 1;
+    __m512 values = _mm512_maskz_loadu_ps(inside, x + i);
+    if (factors) values = _mm512_mul_ps(values, _mm512_maskz_loadu_ps(inside, factor + i));
+    _mm512_mask_cvtepi32_storeu_epi8(to + i, inside, codes(values));
+  }
+  return _mm512_testn_epi32_mask(least, least) == 0;
+}
+#endif
+
+// Rounds a row; its largest magnitude is 127 scales if the scale is not `fixed`.
+template <bool factors>
+void round_row(const float* x, const float* factor, int64_t k, float scale, bool fixed, uint8_t* to) {
+#if defined(__AVX512VNNI__)
+  if (!fixed && scale > 0x1p-96f && scale < 0x1p96f && round_briefly<factors>(x, factor, k, 1.0f / scale, to)) return;
+#endif
+  round_values<factors>(x, factor, k, scale, to);
+}
+
 // A few columns of codes: their full steps, and a copy of what is left, filled up with zeros.
 template <int NR>
 struct Columns {
@@ -196,10 +244,11 @@ void round_rows(const IntegerProduct& p, int64_t row, int64_t row_end) {
     const float scale = p.static_scale != nullptr ? *p.static_scale : int8_scale(largest());
     p.row_scale[row] = scale;
     uint8_t* to = p.rounded + row * depth;
+    const bool fixed = p.static_scale != nullptr;
     if (factors)
-      round_values<true>(from, p.factor, p.k, scale, to);
+      round_row<true>(from, p.factor, p.k, scale, fixed, to);
     else
-      round_values<false>(from, nullptr, p.k, scale, to);
+      round_row<false>(from, nullptr, p.k, scale, fixed, to);
     for (int64_t k = p.k; k < depth; ++k) to[k] = kOffset;
   }
 }

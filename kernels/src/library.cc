@@ -69,6 +69,8 @@ constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
 // From this number of rows on, a packed panel of a weight pays for packing on each call; panels of more bytes leave the
 // cache. Parts of a panel have at least some rows, since each packs it again.
 constexpr int64_t kPanelRows = 16, kPanelBytes = 2 << 20, kPanelPartRows = 96;
+// Rows whose codes stay in the second-level cache while all panels pass by, a multiple of those of tiles.
+constexpr int64_t kBlockRows = 132;
 
 // Reads the operands of an epilogue; false if they do not fit a result [m, n].
 bool read_epilogue(Epilogue& e, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual, int64_t activation,
@@ -91,8 +93,18 @@ void multiply_part(const IntegerProduct& p, const Variant& variant, bool packs, 
     variant.integer_product(p, row, row_end, column, column_end);
 }
 
+// By packed panels. Of many rows a part is all columns of some of them: it rounds them itself, and their codes stay in the
+// second-level cache. Parts of a weight that is not kept are columns instead, since each part packs its panels.
 void panels(ffi::ThreadPool& pool, const IntegerProduct& p, const Variant& variant, int64_t threads) {
   constexpr int64_t kColumns = IntegerProduct::kPanelColumns;
+  if (p.kept != nullptr && p.m >= 2 * threads * kPanelPartRows) {
+    run_parts(pool, (p.m + kBlockRows - 1) / kBlockRows, [&](int64_t part) {
+      const int64_t row = part * kBlockRows, row_end = std::min(row + kBlockRows, p.m);
+      variant.round_rows(p, row, row_end);
+      multiply_part(p, variant, true, row, row_end, 0, p.n);
+    });
+    return;
+  }
   if (p.m * p.k < kWorthAThread) {
     variant.round_rows(p, 0, p.m);
   } else {

@@ -20,9 +20,13 @@ inline int32_t largest_bits(const float* x, const float* factor, int64_t count) 
   while (i + 4 * kLanes <= count)
     for (int j = 0; j < 4; ++j) take(j);
   while (i + kLanes <= count) take(0);
+  for (int j = 1; j < 4; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+#if defined(__AVX512F__)
+  int32_t found = _mm512_reduce_max_epi32((__m512i)most[0]);
+#else
   int32_t found = 0;
-  for (int j = 0; j < 4; ++j)
-    for (int lane = 0; lane < kLanes; ++lane) found = most[j][lane] > found ? most[j][lane] : found;
+  for (int lane = 0; lane < kLanes; ++lane) found = most[0][lane] > found ? most[0][lane] : found;
+#endif
   for (; i < count; ++i) {
     const float value = factors ? x[i] * factor[i] : x[i];
     int32_t bits;

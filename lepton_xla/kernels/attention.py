@@ -42,6 +42,7 @@ def attend(
     scale: float = 1.0,
     masks: bool = False,
     heads_first: bool = False,
+    rounds: bool = False,
     dtype: Any = None,
 ) -> jax.Array:
     """Compute `softmax(query @ key^T * scale + bias) @ value` of each head of each example.
@@ -57,6 +58,8 @@ def attend(
         scale: of the scores.
         masks: whether a bias other than zero takes the place of a score.
         heads_first: whether key and value are [B, H, K, D] and [B, H, K, E] instead.
+        rounds: whether the operands, and the weights of keys, may be rounded to some 12 bits by the largest magnitude
+            of a query, or of the keys or values of a head; that is little where they come of numbers of eight bits.
         dtype: of the result, float32 or bfloat16; None: that of the operands.
 
     Returns:
@@ -70,7 +73,9 @@ def attend(
     name = query.dtype.name if dtype is None else jnp.dtype(dtype).name
     assert {query.dtype.name, name} <= set(FLOATS)
     bias = jnp.zeros((0, 0, 0, 0), jnp.float32) if bias is None else bias
-    params = {"scale": float(scale), "masks": masks, "heads_first": heads_first, "dtype": name}
+    params = {
+        "scale": float(scale), "masks": masks, "heads_first": heads_first, "rounds": rounds, "dtype": name
+    }  # fmt: skip
     return PRIMITIVE.bind(query, key, value, bias, **params)
 
 
@@ -88,8 +93,9 @@ def by_xla(
     masks: bool,
     heads_first: bool,
     dtype: str,
+    **_rounds: Any,
 ) -> jax.Array:
-    """The same in XLA's own operations."""
+    """The same in XLA's own operations, which round nothing."""
     rows = "bhk" if heads_first else "bkh"
     scores = jnp.einsum(f"bqhd,{rows}d->bhqk", query, key, preferred_element_type=jnp.float32) * scale
     if 0 not in bias.shape:
@@ -100,11 +106,11 @@ def by_xla(
 
 
 def _call(
-    query: Any, key: Any, value: Any, bias: Any, *, scale: float, masks: bool, heads_first: bool, **_dtype: Any
+    query: Any, key: Any, value: Any, bias: Any, *, scale: float, dtype: str, **flags: bool
 ) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
     if not installation.usable():
         return None
-    attributes = {"scale": np.float32(scale), "masks": np.bool_(masks), "heads_first": np.bool_(heads_first)}
+    attributes = {"scale": np.float32(scale)} | {name: np.bool_(flag) for name, flag in flags.items()}
     return f"{installation.PREFIX}attention", (query, key, value, bias), attributes
 
 

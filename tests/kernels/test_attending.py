@@ -106,6 +106,27 @@ def test_what_a_single_query_does_not_see_is_not_read(variants):
         np.testing.assert_allclose(got, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("shape", [(2, 19, 33, 3, 32, 32), (1, 8, 128, 2, 40, 17), (1, 5, 512, 1, 7, 64)])
+def test_rounded_operands(variants, shape):
+    """To within some steps of the largest magnitude; what is infinite or NaN shows as in float."""
+    query, key, value = operands(*shape)
+    query[0, 0] *= 1e-20
+    bias = array(shape[0], 1, 1, shape[2])
+    bias[0, 0, 0, 1:3] = -1e9, -np.inf
+    expected = reference(query, key, value, bias, 0.3)
+    strange, infinite = query.copy(), value.copy()
+    infinite[0, 4, 0, 0] = np.inf
+    strange[0, 1, 0, 0], strange[0, 2, 0, 0] = np.nan, np.inf
+    for _ in variants():
+        got = attention.attend(*map(jnp.asarray, (query, key * 1e9, value * 1e9, bias)), scale=0.3e-9, rounds=True)
+        np.testing.assert_allclose(got * 1e-9, expected, rtol=0, atol=3e-3)
+        got = np.asarray(attention.attend(*map(jnp.asarray, (strange, key, value, bias)), scale=0.3, rounds=True))
+        assert np.isnan(got[0, 1:3, 0]).all()
+        np.testing.assert_allclose(got[0, 3:], expected[0, 3:], rtol=0, atol=3e-3)
+        got = np.asarray(attention.attend(*map(jnp.asarray, (query, key, infinite)), scale=0.3, rounds=True))
+        assert np.isinf(got[0, :, 0, 0]).all()
+
+
 def test_huge_scores_nan_and_infinities(variants):
     query, key, value = operands(1, 6, 19, 1, 4, 4)
     query[0, 1] *= 1e18

@@ -143,7 +143,8 @@ class _Search:
         if self.bias is not None:
             bias = self.bias[0], self.bias[1], tuple(named[axis] for axis in self.bias[2])
         query, key, value = (each.before_moves(self.graph) for each in (query, key, value))
-        found = Pattern(query, key, value, last, self.members, order, self.scale, bias, self.masked)
+        rounds = all(each.is_coarse(self.graph) for each in (query, key, value))
+        found = Pattern(query, key, value, last, self.members, order, self.scale, bias, self.masked, rounds)
         return found if found.fits else None
 
     def _batch_letters(self, axes: Sequence[int]) -> list[str] | None:

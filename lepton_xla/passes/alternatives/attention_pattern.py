@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lepton_xla.kernels import attention
+from lepton_xla.kernels import attention, integer_product
 from lepton_xla.passes.alternatives.patterns import Place
 from lepton_xla.passes.core.activations import Graph
 
@@ -80,6 +80,13 @@ class Operand:
         example, head = (tuple(was[axis] for axis in axes) for axes in (self.example, self.head))
         return Operand((maker, 0), example, head, was[self.row], was[self.depth]).before_moves(graph)
 
+    def is_coarse(self, graph: Graph) -> bool:
+        """Whether it is a product of activations that were rounded to eight bits."""
+        atom = self.place[0].invars[self.place[1]]
+        while (maker := graph.made_by(atom)) is not None and maker.primitive.name in (*_MOVES, "reshape"):
+            atom = maker.invars[0]
+        return maker is not None and maker.primitive is integer_product.PRIMITIVE
+
 
 def _sizes(shape: Sequence[Any], axes: Sequence[int]) -> tuple[Any, ...]:
     return tuple(shape[axis] for axis in axes) or (1,)
@@ -97,6 +104,7 @@ class Pattern:
         scale: of the scores.
         bias: what is added to the scores: where it is read, its shape among the scores, and what those axes are.
         masked: if `bias` is a mask instead, the score where it is true, and false; None where it stays.
+        rounds: whether the operands are products of activations of eight bits: to round them to more changes little.
     """
 
     query: Operand
@@ -108,6 +116,7 @@ class Pattern:
     scale: float = 1.0
     bias: tuple[Place, tuple[Any, ...], tuple[str, ...]] | None = None
     masked: tuple[float | None, float | None] | None = None
+    rounds: bool = False
 
     @property
     def places(self) -> list[Place]:
@@ -131,7 +140,8 @@ class Pattern:
         """Parameters of the kernel."""
         dtype = self.last.outvars[0].aval.dtype.name
         return {
-            "scale": self.scale, "masks": self.masked is not None, "heads_first": self.heads_first, "dtype": dtype
+            "scale": self.scale, "masks": self.masked is not None, "heads_first": self.heads_first,
+            "rounds": self.rounds, "dtype": dtype,
         }  # fmt: skip
 
     def _arranged(self, *values: jax.Array) -> list[jax.Array]:
@@ -190,7 +200,7 @@ class Pattern:
         single = not long([query.shape[1]])
         types = query.dtype.name, self.last.outvars[0].aval.dtype.name
         return ("attention", query.shape[2:], value.shape[3], axes, self.masked is not None, self.heads_first, single,
-                *types)  # fmt: skip
+                self.rounds, *types)  # fmt: skip
 
     @property
     def fits(self) -> bool:
