@@ -4,7 +4,7 @@ import ctypes
 import pathlib
 from typing import Any
 
-INTERFACE = 10
+INTERFACE = 11
 """Changes whenever targets are added, take other operands, or give results that differ by more than rounding.
 
 lepton-xla asks for its own.

@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 PACKAGE = "lepton-xla-kernels"
 # The version of the kernels' operands and results that this version of lepton_xla knows.
-INTERFACE = 10
+INTERFACE = 11
 # Names of the targets of XLA's custom calls begin with this; compiled code contains them as text.
 PREFIX = "lepton_kernel_"
 VARIABLE = "LEPTON_KERNELS"
