@@ -47,11 +47,47 @@ inline Floats tanh(Floats x) {
   return magnitude(x) >= limit ? with_sign_of(one, x) : x == x ? value : x;
 }
 
+#if defined(__AVX512F__)
+// The area under the normal density between zero and a size, as polynomials of the distance to the nearest of 16 points
+// that are 5.2 / 14.5 apart, off by 1.1e-7 at most (least squares, weighted until the largest errors are equal); beyond it
+// is one half.
+constexpr float kHalves[5][16] = {
+    {0.0f, 0.140060559f, 0.263387412f, 0.359005511f, 0.42428273f, 0.463521808f, 0.484290451f, 0.493969321f,
+     0.497940928f, 0.49937579f, 0.499832243f, 0.499960065f, 0.499991596f, 0.49999842f, 0.499999732f, 0.5f},
+    {0.143067807f, 0.134157747f, 0.110620864f, 0.0802056566f, 0.0511350408f, 0.0286666006f, 0.0141310906f,
+     0.00612511905f, 0.00233447715f, 0.000782343443f, 0.00023053342f, 5.97302569e-05f, 1.3607354e-05f,
+     2.72562465e-06f, 4.80026415e-07f, 0.0f},
+    {0.0f, -0.00862671062f, -0.0142265139f, -0.0154724512f, -0.0131526934f, -0.00921694096f, -0.00545222312f,
+     -0.00275719375f, -0.00120100495f, -0.000452812528f, -0.000148261752f, -4.2257434e-05f, -1.05025947e-05f,
+     -2.27919963e-06f, -4.32318615e-07f, 0.0f},
+    {-0.00304824463f, -0.00249290257f, -0.00115051342f, 0.000261790497f, 0.00114812399f, 0.00135380693f,
+     0.00109743513f, 0.00069736538f, 0.000363990752f, 0.000159593881f, 5.95320053e-05f, 1.90434057e-05f,
+     5.25192172e-06f, 1.25346764e-06f, 2.59620009e-07f, 0.0f},
+    {0.0f, 0.000263117254f, 0.000376187789f, 0.000304059533f, 0.000133171969f, -2.00038994e-05f, -9.41622275e-05f,
+     -9.7106371e-05f, -6.73398972e-05f, -3.61726379e-05f, -1.58247785e-05f, -5.77681294e-06f, -1.7842591e-06f,
+     -4.7039822e-07f, -1.06490226e-07f, 0.0f},
+};
+
+// x times the area below it, in half of the time that erf takes: off by 6e-7 at most, exactly zero far below zero.
+inline Floats gelu(Floats x) {
+  constexpr float kScale = 14.5f / 5.2f, kMagic = 12582912.0f;  // adding it rounds to an integer, in the last bits
+  const Floats size = magnitude(x);
+  const Floats inside = (Floats)_mm512_min_ps(_mm512_set1_ps(15 / kScale), (__m512)size);  // in this order NaN stays
+  const Floats point = inside * kScale + kMagic, distance = inside * kScale - (point - kMagic);
+  Floats half = Table(kHalves[4]).at((Ints)point);
+#pragma GCC unroll 4
+  for (int power = 3; power >= 0; --power) half = half * distance + Table(kHalves[power]).at((Ints)point);
+  return size * half + 0.5f * x;
+}
+#else
+inline Floats gelu(Floats x) { return x * (0.5f + 0.5f * erf(x * 0.70710678118654752f)); }
+#endif
+
 template <Activation kind>
 inline Floats activate(Floats x) {
   if constexpr (kind == Activation::kReLU) return x < 0.0f ? Floats{} : x;  // NaN stays
   if constexpr (kind == Activation::kSiLU) return x * (0.5f + 0.5f * tanh(0.5f * x));
-  if constexpr (kind == Activation::kGELU) return x * (0.5f + 0.5f * erf(x * 0.70710678118654752f));
+  if constexpr (kind == Activation::kGELU) return gelu(x);
   if constexpr (kind == Activation::kGELUTanh)
     return x * (0.5f + 0.5f * tanh(0.79788456080286536f * x * (1.0f + 0.044715f * (x * x))));
   return x;
