@@ -35,8 +35,8 @@ struct InFloat {
     sum += w * factor;
   }
   static Floats factor(const Convolution&, int64_t, int64_t) { return Floats{}; }
-  static Sum first(const Convolution&, int64_t) { return Sum{}; }
-  static Floats value(const Sum& sum, Floats, Floats bias) { return sum + bias; }
+  static Sum first(const Convolution& p, int64_t column) { return bias_at(p.epilogue, column); }
+  static Floats value(const Sum& sum, Floats, Floats) { return sum; }
 };
 
 #if defined(__AVX512VNNI__)
@@ -267,14 +267,15 @@ void convolve(const Convolution& p, int64_t pixel, int64_t pixel_end, int64_t co
   const int64_t depth = p.window.runs() * p.steps * 4;
   int64_t vectors = (column_end - column + kLanes - 1) / kLanes;
   while (vectors > 0) {
-    // As many columns as the cache holds the weights of, and they in tiles of about one width.
-    int64_t some = kWeightsBytes / (depth * kLanes);
-    some = some < kColumns ? kColumns : some;
-    some = some < vectors ? some : vectors;
+    // No more columns than the cache holds the weights of, in blocks of about one width, and they in tiles of about one.
+    const int64_t fit = kWeightsBytes / (depth * kLanes), most = fit < kColumns ? kColumns : fit;
+    const int64_t blocks = (vectors + most - 1) / most, some = (vectors + blocks - 1) / blocks;
     const int64_t tiles = (some + kColumns - 1) / kColumns;
     Rows<Op> rows(p, pixel);
-    for (int64_t row = pixel; row < pixel_end; row += kRows) {
-      const int count = static_cast<int>(pixel_end - row < kRows ? pixel_end - row : kRows);
+    int count;
+    for (int64_t row = pixel; row < pixel_end; row += count) {
+      const int64_t left = pixel_end - row, turns = (left + kRows - 1) / kRows;
+      count = static_cast<int>((left + turns - 1) / turns);
       rows.next(p, count);
       int64_t at = column;
       for (int64_t tile = 0; tile < tiles; ++tile) {

@@ -7,6 +7,7 @@
 #include "convolution_operands.h"
 #include "kept.h"
 #include "scale.h"
+#include "scratch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -35,59 +36,49 @@ void by_rows(ffi::ThreadPool& pool, const Window& w, const Work& work) {
       [&](int64_t part) { work(part * some, std::min(all, part * some + some)); });
 }
 
-// Cuts the result of a dense convolution into parts, which read the least of weights and image again. Before pixels are
-// read, `prepare(pixel, pixel_end)` is called.
+// Cuts the result of a dense convolution into parts, at least so many, which read the least of weights and image again.
+// `prepare(pixel, pixel_end)` is called before pixels are read, and tells where the image is then; null if nowhere.
 template <typename Prepare>
 void multiply(ffi::ThreadPool& pool, const ConvolutionVariant& variant, bool codes, const Convolution& p,
-              const Prepare& prepare) {
-  ConvolutionPart* const part = codes ? variant.of_codes : variant.in_float;
+              const Prepare& prepare, int64_t least_parts = 1) {
+  const auto part = [&](int64_t pixel, int64_t pixel_end, const void* x, int64_t column, int64_t column_end) {
+    Convolution own = p;
+    own.x = x;
+    if (x != nullptr) (codes ? variant.of_codes : variant.in_float)(own, pixel, pixel_end, column, column_end);
+  };
   const Window& w = p.window;
   const int64_t pixels = w.pixels(), threads = std::max<int64_t>(1, pool.num_threads());
   const double products = static_cast<double>(pixels) * w.terms() * w.o;
-  if (products < worth(codes ? variant.code_products : variant.float_products) || threads == 1) {
-    prepare(0, pixels);
-    return part(p, 0, pixels, 0, p.stride);
-  }
-  const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(products / kPart), 1, 4 * threads);
+  const bool shares = products >= worth(codes ? variant.code_products : variant.float_products) && threads > 1;
+  const int64_t wanted = shares ? std::clamp<int64_t>(static_cast<int64_t>(products / kPart), 1, 4 * threads) : 1;
   const int64_t lanes = variant.codes.lanes, vectors = p.stride / lanes;
-  // Columns in whole tiles, if the weights are what is more to read.
+  // Columns, if the weights are what is more to read: as many of them for each thread.
   const int64_t tiles = (vectors + variant.columns - 1) / variant.columns;
   const int64_t weight_bytes = w.runs() * p.steps * p.stride * 4, image_bytes = pixels * w.c * (codes ? variant.codes.bytes : 4);
-  if (pixels < 256 && tiles >= threads && weight_bytes > image_bytes) {
-    const int64_t parts = std::min(wanted, tiles);
-    prepare(0, pixels);
+  if (shares && pixels < 256 && tiles >= threads && weight_bytes > image_bytes) {
+    const int64_t parts = std::min(vectors, (std::min(wanted, tiles) + threads - 1) / threads * threads);
+    const void* const x = prepare(0, pixels);
     run_parts(pool, parts, [&](int64_t at) {
-      const int64_t begin = tiles * at / parts * variant.columns, end = tiles * (at + 1) / parts * variant.columns;
-      part(p, 0, pixels, begin * lanes, std::min(end, vectors) * lanes);
+      part(0, pixels, x, vectors * at / parts * lanes, vectors * (at + 1) / parts * lanes);
     });
     return;
   }
-  const int64_t groups = (pixels + 7) / 8, parts = std::min(wanted, groups);
-  run_parts(pool, parts, [&](int64_t at) {
+  const int64_t groups = (pixels + 7) / 8, parts = std::min(std::max(wanted, least_parts), groups);
+  run(pool, shares, parts, [&](int64_t at) {
     const int64_t begin = groups * at / parts * 8, end = std::min(groups * (at + 1) / parts * 8, pixels);
-    prepare(begin, end);
-    part(p, begin, end, 0, p.stride);
+    part(begin, end, prepare(begin, end), 0, p.stride);
   });
 }
 
-// Copies rows of the image, padded: `copy(row, to)` writes w.w * w.c elements of `bytes` each.
+// Copies the image, padded: `copy(row, to)` as `pad_row` calls it.
 template <typename Copy>
 void pad(ffi::ThreadPool& pool, const Window& w, int64_t bytes, int zero, void* to, const Copy& copy) {
   const int64_t row_bytes = w.padded_w() * w.c * bytes, rows = w.n * w.padded_h();
   const int64_t row_values = std::max<int64_t>(1, w.padded_w() * w.c);
   const int64_t some = std::max<int64_t>(1, kMovedPart / row_values);
   run(pool, rows * row_values >= kWorthMoving, (rows + some - 1) / some, [&](int64_t part) {
-    for (int64_t row = part * some; row < std::min(rows, (part + 1) * some); ++row) {
-      uint8_t* at = static_cast<uint8_t*>(to) + row * row_bytes;
-      const int64_t y = row % w.padded_h() - w.top;
-      if (y < 0 || y >= w.h) {
-        std::memset(at, zero, row_bytes);
-        continue;
-      }
-      std::memset(at, zero, w.left * w.c * bytes);
-      copy(row / w.padded_h() * w.h + y, at + w.left * w.c * bytes);
-      std::memset(at + (w.left + w.w) * w.c * bytes, zero, w.right * w.c * bytes);
-    }
+    for (int64_t row = part * some; row < std::min(rows, (part + 1) * some); ++row)
+      pad_row(w, bytes, zero, row, static_cast<uint8_t*>(to) + row * row_bytes, copy);
   });
 }
 
@@ -113,6 +104,29 @@ ffi::Error gate_of(ffi::AnyBuffer& gate, const Window& w, bool may_be, const flo
     return ffi::Error::InvalidArgument("convolution: shapes of operands and result do not fit");
   if (!may_be) return ffi::Error::InvalidArgument("convolution: no gate is for these images");
   return ffi::Error::Success();
+}
+
+// Multiplies a padded image of floats, whose rows each part copies for itself: from there they are read in the cache.
+ffi::Error multiply_padded(ffi::ThreadPool& pool, const ConvolutionVariant& variant, const Convolution& p) {
+  const Window& w = p.window;
+  const int64_t row_values = w.padded_w() * w.c, reach = (w.k_h - 1) * w.dilation_h + 1;
+  const auto first_row = [&](int64_t pixel) {
+    const int64_t row = pixel / w.out_w;
+    return row / w.out_h * w.padded_h() + row % w.out_h * w.stride_h;
+  };
+  std::atomic<bool> lacks_memory{false};
+  const auto copy = [&](int64_t pixel, int64_t pixel_end) -> const void* {
+    const int64_t first = first_row(pixel), rows = first_row(pixel_end - 1) + reach - first;
+    auto* const to = static_cast<float*>(thread_scratch(rows * row_values * 4 + kBeyond));
+    if (to == nullptr) {
+      lacks_memory = true;
+      return nullptr;
+    }
+    pad_floats(w, static_cast<const float*>(p.x), first, rows, to);
+    return to - first * row_values;
+  };
+  multiply(pool, variant, false, p, copy, w.n * w.padded_h() * row_values / kMovedPart);
+  return lacks_memory ? no_memory() : ffi::Error::Success();
 }
 
 ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::BufferR4<ffi::F32> weights,
@@ -155,18 +169,12 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
       by_example(w, pixel, end, [&](int64_t from, int64_t stop, int64_t example) {
         variant.gate(x.typed_data() + from * w.c, (stop - from) * w.c, factors + example * w.c, w.c, to + from * w.c);
       });
+      return p.x;
     });
     return ffi::Error::Success();
   }
-  Scratch padded;
-  if (w.is_padded()) {
-    padded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * 4);
-    if (padded == nullptr) return no_memory();
-    pad(pool, w, 4, 0, padded.get(),
-        [&](int64_t row, void* to) { std::memcpy(to, x.typed_data() + row * w.w * w.c, w.w * w.c * 4); });
-    p.x = padded.get();
-  }
-  multiply(pool, variant, false, p, [](int64_t, int64_t) {});
+  if (w.is_padded()) return multiply_padded(pool, variant, p);
+  multiply(pool, variant, false, p, [&](int64_t, int64_t) { return p.x; });
   return ffi::Error::Success();
 }
 
@@ -259,7 +267,7 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
   const CodesLayout& layout = variant.codes;
   if (bytes != nullptr && layout.bytes == 1 && !w.is_padded() && w.run_length() % layout.terms == 0) {
     p.x = bytes;  // as the products read it
-    multiply(pool, variant, true, p, [](int64_t, int64_t) {});
+    multiply(pool, variant, true, p, [&](int64_t, int64_t) { return p.x; });
     return ffi::Error::Success();
   }
   const Scratch rounded = scratch(w.n * w.padded_h() * w.padded_w() * w.c * layout.bytes);
@@ -278,12 +286,13 @@ ffi::Error dense_of_codes(ffi::ThreadPool& pool, const ConvolutionVariant& varia
         convert(from * w.c, (stop - from) * w.c, example,
                 static_cast<uint8_t*>(rounded.get()) + from * w.c * layout.bytes);
       });
+      return p.x;
     });
     return ffi::Error::Success();
   }
   pad(pool, w, layout.bytes, layout.zero, rounded.get(),
       [&](int64_t row, void* to) { convert(row * w.w * w.c, w.w * w.c, row / w.h, to); });
-  multiply(pool, variant, true, p, [](int64_t, int64_t) {});
+  multiply(pool, variant, true, p, [&](int64_t, int64_t) { return p.x; });
   return ffi::Error::Success();
 }
 

@@ -93,6 +93,27 @@ inline ffi::Error epilogue_of(ffi::BufferR1<ffi::F32>& bias, ffi::AnyBuffer* res
   return ffi::Error::Success();
 }
 
+// Copies a row of a padded image: `copy(row, to)` writes w.w * w.c elements of `bytes` each.
+template <typename Copy>
+inline void pad_row(const Window& w, int64_t bytes, int zero, int64_t row, void* memory, const Copy& copy) {
+  auto* const to = static_cast<uint8_t*>(memory);
+  const int64_t pixel_bytes = w.c * bytes, y = row % w.padded_h() - w.top;
+  if (y < 0 || y >= w.h) {
+    std::memset(to, zero, w.padded_w() * pixel_bytes);
+    return;
+  }
+  std::memset(to, zero, w.left * pixel_bytes);
+  copy(row / w.padded_h() * w.h + y, to + w.left * pixel_bytes);
+  std::memset(to + (w.left + w.w) * pixel_bytes, zero, w.right * pixel_bytes);
+}
+
+// Copies so many rows of a padded image of floats.
+inline void pad_floats(const Window& w, const float* x, int64_t first, int64_t rows, float* to) {
+  for (int64_t row = 0; row < rows; ++row)
+    pad_row(w, 4, 0, first + row, to + row * w.padded_w() * w.c,
+            [&](int64_t from, void* at) { std::memcpy(at, x + from * w.w * w.c, w.w * w.c * 4); });
+}
+
 // `count` values, and zeros up to `stride`: where they are, or copied.
 inline const float* spread(const float* from, int64_t count, bool one, int64_t stride, float* to) {
   if (count == stride && !one) return from;
