@@ -112,6 +112,9 @@ struct ConvolutionVariant {
 // `stride` bytes of 128.
 struct DepthwiseVariant {
   int rows_of_lane;  // 1 or 4
+  // Weights and `offset` may be in blocks of 64 channels, of which `stride` is a multiple then: in each the fours of each 16
+  // channels are apart, first all first ones. 64 or 1.
+  int (*block)(const Window&);
   void (*rows)(const Convolution&, const uint8_t* zeros, int64_t row, int64_t row_end);
   void (*round)(const float* x, int64_t count, CodeScale scale, uint8_t* to);
 };

@@ -182,15 +182,18 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Buf
 int64_t lanes_of_depthwise(const Window& w, int rows) { return (w.k_h + rows - 1) / rows * w.k_w; }
 
 // Lays out the weights of a depthwise convolution of codes [positions, o], `rows` of the window in a lane, and finds the
-// offset of each column.
-void pack_depthwise(const Window& w, const int8_t* codes, int rows, int64_t stride, uint32_t* weights, int32_t* offset) {
+// offset of each column, both in blocks of `block` channels.
+void pack_depthwise(const Window& w, const int8_t* codes, int rows, int64_t block, int64_t stride, uint32_t* weights,
+                    int32_t* offset) {
   const uint32_t bits = rows == 1 ? ~0u : 255u;
   std::fill(offset, offset + stride, 0);
   std::fill(weights, weights + lanes_of_depthwise(w, rows) * stride, 0);
   for (int64_t k = 0; k < w.k_h * w.k_w; ++k) {
     const int64_t kh = k / w.k_w, lane = kh / rows * w.k_w + k % w.k_w;
-    for (int64_t at = 0; at < w.o; ++at) {
-      const int32_t code = codes[k * w.o + at];
+    for (int64_t channel = 0; channel < w.o; ++channel) {
+      const int64_t within = channel % block;
+      const int64_t at = channel - within + within % 16 / 4 * 16 + within / 16 * 4 + within % 4;
+      const int32_t code = codes[k * w.o + channel];
       weights[lane * stride + at] |= (static_cast<uint32_t>(code) & bits) << (8 * (kh % rows));
       // Sums may wrap on the way, as they do in the dense ones.
       offset[at] = static_cast<int32_t>(static_cast<uint32_t>(offset[at]) + static_cast<uint32_t>(128 * code));
@@ -324,7 +327,8 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   const CodesLayout& layout = variant.codes;
   p.steps = (w.run_length() + layout.terms - 1) / layout.terms;
   const int64_t lanes = layout.lanes, image = w.h * w.w * w.c;
-  p.stride = (w.o + lanes - 1) / lanes * lanes;
+  const int64_t block = depthwise ? variant.depthwise_codes->block(w) : 1, multiple = std::max(block, lanes);
+  p.stride = (w.o + multiple - 1) / multiple * multiple;
   if (write_codes) {
     const float written = *result_scale.typed_data();
     const bool clamps = p.epilogue.activation == ConvolutionActivation::kClamp;
@@ -358,7 +362,9 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   // The weights as the products read them, and behind them the offset of each column.
   const int64_t weight_bytes = packed_rows * p.stride * 4;
   const void* const layout_of = depthwise ? static_cast<const void*>(variant.depthwise_codes) : &variant;
-  const auto kept = kept_panels(codes.typed_data(), codes.element_count(), layout_of, w.o, depthwise ? w.k_h : w.runs(), 1,
+  // The same weight may be read in blocks and without.
+  const int64_t runs = !depthwise ? w.runs() : block > 1 ? -w.k_h : w.k_h;
+  const auto kept = kept_panels(codes.typed_data(), codes.element_count(), layout_of, w.o, runs, 1,
                                 (weight_bytes + p.stride * 4 + kBeyond + 63) / 64 * 64);
   bool fill = false;
   auto* packed = kept == nullptr ? nullptr : reinterpret_cast<uint8_t*>(kept->panel(0, fill));
@@ -371,7 +377,8 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   const int64_t moved = (dynamic ? w.n * image : 0) + (packs_here ? static_cast<int64_t>(codes.element_count()) : 0);
   run(pool, moved >= kWorthMoving, pieces * w.n + packs, [&](int64_t part) {
     if (part < packs && depthwise)
-      return pack_depthwise(w, codes.typed_data(), rows_of_lane, p.stride, reinterpret_cast<uint32_t*>(packed), offset);
+      return pack_depthwise(w, codes.typed_data(), rows_of_lane, block, p.stride, reinterpret_cast<uint32_t*>(packed),
+                            offset);
     if (part < packs) {
       variant.pack(w, codes.typed_data(), packed, p.stride, offset, part * at_once * lanes,
                    std::min(vectors, (part + 1) * at_once) * lanes);

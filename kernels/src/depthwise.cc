@@ -1,7 +1,8 @@
 // Depthwise convolutions of codes of images with their channels last: see convolution.h. Compiled once per instruction set.
 //
 // A few pixels beside each other share the weights that are loaded, and those columns of the image that several of their
-// windows have. Where an instruction multiplies four bytes, they are of four rows of the window. What is outside of the
+// windows have. Where an instruction multiplies four bytes, they are of four rows of the window, which are brought beside
+// each other for 64 channels at once, in another order than in memory. What is outside of the
 // image is read from a row of zeros, so that the sum of a channel's weights, times 128, is what bytes with 128 added give
 // too much everywhere.
 #include "convolution_finish.h"
@@ -106,41 +107,81 @@ struct Columns {
   }
 };
 
-// A column of R rows of the window from `kh` on, as products take it: the bytes of a channel beside each other, or one.
+#if defined(__AVX512VNNI__)
+constexpr int kBlock = 4 * kLanes;
+
+// Four vectors of channels of a column of R rows of the window from `kh` on: the bytes of a channel beside each other, where
+// those that the window lacks meet weights of zero. In the v-th vector are four channels of each 16, from 4 v on.
 template <int R>
-inline Ints column_of(const Columns& columns, int64_t kh, int j, int64_t c) {
+inline void block_of(const Columns& columns, int64_t kh, int j, int64_t c, __mmask64 some, Ints (&to)[4]) {
   static_assert(R <= kRowsOfLane);
-#if defined(__AVX512VNNI__)
-  // Each byte of a row four times; those that other rows do not replace meet weights of zero.
-  const __m512i four = (__m512i)(Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x01010101);
-  const auto row = [&](int r) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns.at[kh + r][j] + c)));
-  };
-  __m512i bytes = _mm512_shuffle_epi8(row(0), four);
-  if constexpr (R > 1) bytes = _mm512_mask_shuffle_epi8(bytes, 0x2222222222222222, row(1), four);
-  if constexpr (R > 2) bytes = _mm512_mask_shuffle_epi8(bytes, 0x4444444444444444, row(2), four);
-  if constexpr (R > 3) bytes = _mm512_mask_shuffle_epi8(bytes, 0x8888888888888888, row(3), four);
-  return (Ints)bytes;
-#else
-  return widen_unsigned(columns.at[kh][j] + c);
-#endif
+  const auto row = [&](int r) { return _mm512_maskz_loadu_epi8(some, columns.at[kh + (r < R ? r : R - 1)][j] + c); };
+  const __m512i first = row(0), second = row(1);
+  const __m512i low = _mm512_unpacklo_epi8(first, second), high = _mm512_unpackhi_epi8(first, second);
+  __m512i lower = low, higher = high;
+  if constexpr (R > 2) {
+    const __m512i third = row(2), fourth = row(3);
+    lower = _mm512_unpacklo_epi8(third, fourth), higher = _mm512_unpackhi_epi8(third, fourth);
+  }
+  to[0] = (Ints)_mm512_unpacklo_epi16(low, lower);
+  to[1] = (Ints)_mm512_unpackhi_epi16(low, lower);
+  to[2] = (Ints)_mm512_unpacklo_epi16(high, higher);
+  to[3] = (Ints)_mm512_unpackhi_epi16(high, higher);
 }
 
-inline Ints add_column(Ints sum, Ints x, Ints w) {
-#if defined(__AVX512VNNI__)
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));  // around the intrinsic GCC 12 copies sums
-  return sum;
-#else
-  return add_products(sum, x, w);
-#endif
-}
-
-// As `add`, of R rows from `kh` on of windows of KW columns, S between two: each column is read once for all pixels.
-template <int P, int V, int KW, int S, int R>
-inline void add_rows(Ints (&sums)[P][V], const Convolution& p, const Columns& columns, int64_t kh, int64_t c) {
+// Adds R rows from `kh` on of windows of KW columns, S between two: each column is read once for all pixels.
+template <int P, int KW, int S, int R>
+inline void add_rows(Ints (&sums)[P][4], const Convolution& p, const Columns& columns, int64_t kh, int64_t c,
+                     __mmask64 some) {
   constexpr int kColumns = (P - 1) * S + KW;
   static_assert(kColumns <= kMostColumns);
   const int32_t* weights = static_cast<const int32_t*>(p.weights) + kh / kRowsOfLane * KW * p.stride + c;
+#pragma GCC unroll 11
+  for (int j = 0; j < kColumns; ++j) {
+    Ints x[4];
+    block_of<R>(columns, kh, j, c, some, x);
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) {
+      if (j - i * S < 0 || j - i * S >= KW) continue;
+      const auto* const w = reinterpret_cast<const Ints*>(weights + (j - i * S) * p.stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v)  // the intrinsic: around an instruction in `asm` GCC 12 keeps so many sums in memory
+        sums[i][v] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[i][v], (__m512i)x[v], (__m512i)w[v]);
+    }
+  }
+}
+
+template <int P, int KW, int S>
+inline void add_columns(Ints (&sums)[P][4], const Convolution& p, const Columns& columns, int64_t c, __mmask64 some) {
+  int64_t kh = 0;
+  for (; kh + 4 <= p.window.k_h; kh += 4) add_rows<P, KW, S, 4>(sums, p, columns, kh, c, some);
+  const int64_t rows = p.window.k_h - kh;
+  if (rows == 3) add_rows<P, KW, S, 3>(sums, p, columns, kh, c, some);
+  if (rows == 2) add_rows<P, KW, S, 2>(sums, p, columns, kh, c, some);
+  if (rows == 1) add_rows<P, KW, S, 1>(sums, p, columns, kh, c, some);
+}
+
+// Brings sums of a block into the order of its channels.
+inline void in_order(Ints (&sums)[4]) {
+  const auto pairs = [&](int from, bool upper) {
+    const __m512i a = (__m512i)sums[from], b = (__m512i)sums[from + 1];
+    return upper ? _mm512_shuffle_i32x4(a, b, 0xee) : _mm512_shuffle_i32x4(a, b, 0x44);
+  };
+  const __m512i low = pairs(0, false), high = pairs(0, true), lower = pairs(2, false), higher = pairs(2, true);
+  sums[0] = (Ints)_mm512_shuffle_i32x4(low, lower, 0x88);
+  sums[1] = (Ints)_mm512_shuffle_i32x4(low, lower, 0xdd);
+  sums[2] = (Ints)_mm512_shuffle_i32x4(high, higher, 0x88);
+  sums[3] = (Ints)_mm512_shuffle_i32x4(high, higher, 0xdd);
+}
+#else
+constexpr int kBlock = 1;
+
+// Adds a row of windows of KW columns, S between two: each column is read once for all pixels.
+template <int P, int V, int KW, int S>
+inline void add_row(Ints (&sums)[P][V], const Convolution& p, const Columns& columns, int64_t kh, int64_t c) {
+  constexpr int kColumns = (P - 1) * S + KW;
+  static_assert(kColumns <= kMostColumns);
+  const int32_t* weights = static_cast<const int32_t*>(p.weights) + kh * KW * p.stride + c;
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     Ints w[KW];
@@ -148,31 +189,18 @@ inline void add_rows(Ints (&sums)[P][V], const Convolution& p, const Columns& co
     for (int k = 0; k < KW; ++k) w[k] = *reinterpret_cast<const Ints*>(weights + k * p.stride + v * kLanes);
 #pragma GCC unroll 11
     for (int j = 0; j < kColumns; ++j) {
-      const Ints x = column_of<R>(columns, kh, j, c + v * kLanes);
+      const Ints x = widen_unsigned(columns.at[kh][j] + c + v * kLanes);
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i)
-        if (j - i * S >= 0 && j - i * S < KW) sums[i][v] = add_column(sums[i][v], x, w[j - i * S]);
+        if (j - i * S >= 0 && j - i * S < KW) sums[i][v] = add_products(sums[i][v], x, w[j - i * S]);
     }
   }
 }
-
-template <int P, int V, int KW, int S>
-inline void add_columns(Ints (&sums)[P][V], const Convolution& p, const Columns& columns, int64_t c) {
-  for (int64_t kh = 0; kh < p.window.k_h; kh += kRowsOfLane) {
-#if defined(__AVX512VNNI__)
-    const int64_t rows = p.window.k_h - kh;
-    if (rows >= 4) add_rows<P, V, KW, S, 4>(sums, p, columns, kh, c);
-    if (rows == 3) add_rows<P, V, KW, S, 3>(sums, p, columns, kh, c);
-    if (rows == 2) add_rows<P, V, KW, S, 2>(sums, p, columns, kh, c);
-    if (rows > 1) continue;
 #endif
-    add_rows<P, V, KW, S, 1>(sums, p, columns, kh, c);
-  }
-}
 
 template <int P, int V>
 inline void begin(Ints (&sums)[P][V], const Convolution& p, int64_t c) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const Ints first = (Ints)(-(Unsigned32)*reinterpret_cast<const Ints*>(p.offset + c + v * kLanes));
 #pragma GCC unroll 4
@@ -187,10 +215,11 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
   const Brief brief(p);
   const SiluCodes silu_codes = finish.silu_codes();
   const bool is_silu = finish.is_silu() || finish.gives_silus();
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    const int64_t at = c + v * kLanes;
-    const int count = kWhole ? kLanes : static_cast<int>(apart - at);
+    const int64_t at = c + v * kLanes, left = apart - at;
+    if (!kWhole && left <= 0) return;
+    const int count = kWhole || left >= kLanes ? kLanes : static_cast<int>(left);
     if (p.code_factor != nullptr) {
       const Floats factor = row_scale * load(p.code_factor + at), bias = load(p.code_bias + at);
 #pragma GCC unroll 4
@@ -202,7 +231,7 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
     Floats values[P];
 #pragma GCC unroll 4
     for (int i = 0; i < P; ++i) values[i] = as_floats(sums[i][v]) * factor + bias;
-    if (kWhole && is_silu) {  // too long to be there for each
+    if (count == kLanes && is_silu) {  // too long to be there for each
       Floats held[P];
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i) held[i] = values[i];
@@ -255,7 +284,7 @@ void pixels(const Convolution& p, const Finish& finish, const uint8_t* x, const 
   if (c < channels) some_channels<P, 1, false>(p, finish, found, places, x, zeros, row, column, pixel, row_scale, c);
 }
 
-// Channels [0, end) of kPixels pixels, whole vectors.
+// Channels [0, end) of kPixels pixels: all of them where they are in blocks, else whole vectors.
 using Beside = void(const Convolution& p, const Finish& finish, const uint8_t* x, const uint8_t* zeros, int64_t row,
                     int64_t column, int64_t pixel, float row_scale, int64_t end);
 
@@ -264,18 +293,33 @@ void beside(const Convolution& p, const Finish& finish, const uint8_t* x, const 
             int64_t column, int64_t pixel, float row_scale, int64_t end) {
   const Columns columns(p.window, x, zeros, row, column, (kPixels - 1) * S + KW);
   int64_t c = 0;
+#if defined(__AVX512VNNI__)
+  for (; c < end; c += kBlock) {
+    const bool whole = c + kBlock <= end;
+    Ints sums[kPixels][4];
+    begin(sums, p, c);
+    add_columns<kPixels, KW, S>(sums, p, columns, c, whole ? ~__mmask64{0} : (__mmask64{1} << (end - c)) - 1);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPixels; ++i) in_order(sums[i]);
+    if (whole)
+      write<kPixels, 4, true>(p, finish, sums, pixel, row_scale, c);
+    else
+      write<kPixels, 4, false>(p, finish, sums, pixel, row_scale, c);
+  }
+#else
   for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
     Ints sums[kPixels][kVectors];
     begin(sums, p, c);
-    add_columns<kPixels, kVectors, KW, S>(sums, p, columns, c);
+    for (int64_t kh = 0; kh < p.window.k_h; ++kh) add_row<kPixels, kVectors, KW, S>(sums, p, columns, kh, c);
     write<kPixels, kVectors, true>(p, finish, sums, pixel, row_scale, c);
   }
   for (; c < end; c += kLanes) {
     Ints sums[kPixels][1];
     begin(sums, p, c);
-    add_columns<kPixels, 1, KW, S>(sums, p, columns, c);
+    for (int64_t kh = 0; kh < p.window.k_h; ++kh) add_row<kPixels, 1, KW, S>(sums, p, columns, kh, c);
     write<kPixels, 1, true>(p, finish, sums, pixel, row_scale, c);
   }
+#endif
 }
 
 // For windows that many networks have; null for others.
@@ -286,11 +330,13 @@ Beside* beside_of(const Window& w) {
   return nullptr;
 }
 
+int block(const Window& w) { return beside_of(w) == nullptr ? 1 : kBlock; }
+
 void rows(const Convolution& p, const uint8_t* zeros, int64_t row, int64_t row_end) {
   const Window& w = p.window;
   const Finish finish(p);
   Beside* const together = beside_of(w);
-  const int64_t whole = together == nullptr ? 0 : w.c / kLanes * kLanes;
+  const int64_t whole = together == nullptr ? 0 : kBlock > 1 ? w.c : w.c / kLanes * kLanes;
   for (; row < row_end; ++row) {
     const int64_t image = row / w.out_h, line = row * w.out_w;
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + image * w.h * w.w * w.c;
@@ -321,6 +367,6 @@ void round(const float* x, int64_t count, CodeScale scale, uint8_t* to) {
 
 }  // namespace
 
-extern const DepthwiseVariant depthwise_codes = {kRowsOfLane, rows, round};
+extern const DepthwiseVariant depthwise_codes = {kRowsOfLane, block, rows, round};
 
 }  // namespace lepton::VARIANT

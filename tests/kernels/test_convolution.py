@@ -217,6 +217,16 @@ def test_convolutions_that_are_spread_over_threads(variants, size, channels, col
             np.testing.assert_array_equal(got, of_codes(x, filters, large))
 
 
+@pytest.mark.parametrize(("window", "stride", "channels"), [((5, 5), 1, 100), ((7, 3), 2, 64), ((2, 5), 2, 5)])
+def test_filters_of_codes_that_share_columns(variants, window, stride, channels):
+    """In blocks of 64 channels on AVX-512, of which the last one lacks some."""
+    x, geometry = array(2, 7, 9, channels), Geometry(window, (stride, stride), padding=((2, 2), (1, 2)))
+    filters = stored(math.prod(window), channels)
+    for _ in variants():
+        got = convolution.convolve_codes(jnp.asarray(x), filters, geometry)
+        np.testing.assert_array_equal(got, of_codes(x, filters, geometry))
+
+
 def test_nan_and_infinities(variants):
     """They stay where windows meet them; a dynamic scale makes the example NaN, a static one saturates."""
     x, geometry = array(4, 5, 6, 20), Geometry((1, 1))
