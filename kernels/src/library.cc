@@ -29,7 +29,7 @@ struct Variant {
   IntegerPart* integer_product;
   IntegerPanel* integer_panel;  // null where `integer_product` is fastest for many rows too
   int64_t code_bytes;           // of a code in a panel
-  double integer_products;      // fewer of them than this are not worth waking another thread for: some 40 microseconds
+  double integer_products;      // fewer of them than this are not worth waking another thread for: some 30 microseconds
 };
 
 // From the fastest to the one that runs everywhere.
@@ -42,7 +42,7 @@ const Variant kVariants[] = {
               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
      },
      avx512::weight_only_8, avx512::weight_only_4, avx512::round_rows, avx512::integer_product,
-     avx512::integer_panel, 1, 1 << 24},
+     avx512::integer_panel, 1, 1 << 23},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::weight_only_8,
      avx2::weight_only_4, avx2::round_rows, avx2::integer_product,
      avx2::integer_panel, 2, 1 << 22},
@@ -69,6 +69,8 @@ constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
 // From this number of rows on, a packed panel of a weight pays for packing on each call; panels of more bytes leave the
 // cache. Parts of a panel have at least some rows, since each packs it again.
 constexpr int64_t kPanelRows = 16, kPanelBytes = 2 << 20, kPanelPartRows = 96;
+// Of a thread that is awake, so much less is worth it.
+constexpr double kWhereAwake = 8;
 // Rows whose codes stay in the second-level cache while all panels pass by, a multiple of those of tiles.
 constexpr int64_t kBlockRows = 132;
 
@@ -236,7 +238,7 @@ ffi::Error integer_product(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi:
       may_pack ? kept_panels(p.codes, p.n * p.k, &variant, p.n, 1, p.panels(), p.panel_bytes()) : nullptr;
   p.kept = kept.get();
   const bool packs = may_pack && (p.kept != nullptr || p.m >= kPanelRows);
-  if (products < variant.integer_products) {
+  if (products < (others_are_awake() ? variant.integer_products / kWhereAwake : variant.integer_products)) {
     variant.round_rows(p, 0, p.m);
     multiply_part(p, variant, packs, 0, p.m, 0, p.n);
     return ffi::Error::Success();
