@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from limited import ON_ONE_CORE, here
 
 import lepton_xla as lx
-from lepton_xla.kernels import attention, installation
+from lepton_xla.kernels import attention, installation, integer_product
 from lepton_xla.passes.alternatives import attending, autotuning
 from lepton_xla.passes.core.timing import Timer
+from lepton_xla.quant import quantize
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -125,6 +126,25 @@ def test_rounded_operands(variants, shape):
         np.testing.assert_allclose(got[0, 3:], expected[0, 3:], rtol=0, atol=3e-3)
         got = np.asarray(attention.attend(*map(jnp.asarray, (query, key, infinite)), scale=0.3, rounds=True))
         assert np.isinf(got[0, :, 0, 0]).all()
+
+
+def test_products_of_codes_are_rounded_once_more():
+    """Where query, key and value all are; one that is not keeps all in float."""
+    weight = quantize(jnp.asarray(array(8, 8)), "int8").by_columns()
+
+    def attended(of_codes):
+        def fn(x):
+            query, key, value = (
+                (integer_product.multiply(x, weight) if each else x).reshape(1, -1, 2, 4) for each in of_codes
+            )
+            weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+            return jnp.einsum("bhqk,bkhe->bqhe", weights, value)
+
+        (pattern,) = attending.find(jax.make_jaxpr(attending.flat(fn))(jnp.ones((6, 8))))
+        return pattern.params["rounds"]
+
+    assert attended((True, True, True))
+    assert not attended((True, True, False))
 
 
 def test_huge_scores_nan_and_infinities(variants):
