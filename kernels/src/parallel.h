@@ -9,6 +9,11 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#include <unistd.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -36,7 +41,78 @@ inline int64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// What threads that stay may take parts of.
+// Threads that have helped. Linux often wakes one on the processor of who wakes it, where it waits for milliseconds or
+// drives that one away, while another processor has nothing to do.
+class Helpers {
+#if defined(__linux__)
+ public:
+  static int here() { return sched_getcpu(); }
+
+  // Calls `wake`, which wakes some of them, on other processors than this one where they may run.
+  template <typename Wake>
+  void elsewhere(const Wake& wake) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int at = here();
+    const pid_t id = gettid();  // a thread of the pool may go on with a program itself
+    for (const Thread& thread : threads_) {
+      cpu_set_t others = thread.processors;
+      if (at >= 0) CPU_CLR(at, &others);
+      if (CPU_COUNT(&others) > 0 && thread.id != id) sched_setaffinity(thread.id, sizeof others, &others);
+    }
+    wake();
+    for (const Thread& thread : threads_)
+      if (thread.id != id) sched_setaffinity(thread.id, sizeof thread.processors, &thread.processors);
+  }
+
+  // Adds this thread, until it ends; and if it runs where the one that asked for help does, it goes elsewhere.
+  void join(int asking) {
+    static thread_local const Membership membership(*this);
+    if (asking < 0 || here() != asking) return;
+    cpu_set_t others = membership.processors;
+    CPU_CLR(asking, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    sched_setaffinity(0, sizeof others, &others);
+    sched_setaffinity(0, sizeof membership.processors, &membership.processors);
+  }
+
+ private:
+  // Of more threads, the system calls would take longer than is gained.
+  static constexpr size_t kMost = 8;
+  struct Thread {
+    pid_t id;
+    cpu_set_t processors;
+  };
+  struct Membership {
+    Helpers& helpers;
+    const pid_t id = gettid();
+    cpu_set_t processors;
+
+    explicit Membership(Helpers& helpers) : helpers(helpers) {
+      CPU_ZERO(&processors);
+      sched_getaffinity(id, sizeof processors, &processors);
+      const std::lock_guard<std::mutex> lock(helpers.mutex_);
+      if (helpers.threads_.size() < kMost && CPU_COUNT(&processors) > 0) helpers.threads_.push_back({id, processors});
+    }
+    ~Membership() {
+      const std::lock_guard<std::mutex> lock(helpers.mutex_);
+      auto& all = helpers.threads_;
+      all.erase(std::remove_if(all.begin(), all.end(), [&](const Thread& each) { return each.id == id; }), all.end());
+    }
+  };
+  std::mutex mutex_;
+  std::vector<Thread> threads_;
+#else
+ public:
+  static int here() { return -1; }
+  template <typename Wake>
+  void elsewhere(const Wake& wake) {
+    wake();
+  }
+  void join(int) {}
+#endif
+};
+
+// What helping threads may take parts of: the latest of a process.
 class Board {
  public:
   using Take = std::function<void()>;
@@ -45,20 +121,29 @@ class Board {
     static auto* const board = new Board;  // never destroyed: threads of XLA may outlive it at the end of a process
     return *board;
   }
-  // How many threads look for parts.
-  int64_t idle() const { return idle_.load(std::memory_order_relaxed); }
+  Helpers& helpers() { return helpers_; }
+  // How many threads look for parts, or have some.
+  int64_t awake() const { return awake_.load(std::memory_order_relaxed); }
 
-  void post(const Take& take) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    take_ = take;
-    posted_.fetch_add(1, std::memory_order_release);
+  // Returns how many threads must be asked to `help`, so that `wanted` do. Those that have been asked and are on their way
+  // are not asked again: each would wake one more thread of the pool, and there would be more than cores.
+  int64_t post(const Take& take, int64_t wanted) {
+    asking_.store(Helpers::here(), std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      take_ = take;
+      posted_.fetch_add(1, std::memory_order_release);
+    }
+    int64_t asked = asked_.load();
+    while (asked < wanted && !asked_.compare_exchange_weak(asked, wanted)) continue;
+    return std::max<int64_t>(0, wanted - asked);
   }
 
   // Takes what is posted until nothing was for a while.
-  void stay() {
-    int64_t seen = posted_.load(std::memory_order_acquire), now = nanoseconds(), until = now + kStays;
+  void help() {
+    int64_t seen = -1, now = nanoseconds(), until = now + kStays;
     const int64_t end = now + kStaysAtMost;
-    idle_.fetch_add(1, std::memory_order_relaxed);
+    awake_.fetch_add(1, std::memory_order_relaxed);
     for (; now < until && now < end; now = nanoseconds()) {
       for (int look = 0; look < 16 && posted_.load(std::memory_order_acquire) == seen; ++look) pause();
       if (posted_.load(std::memory_order_acquire) == seen) continue;
@@ -68,22 +153,24 @@ class Board {
         seen = posted_.load(std::memory_order_relaxed);
         take = take_;
       }
-      idle_.fetch_sub(1, std::memory_order_relaxed);
+      helpers_.join(asking_.load(std::memory_order_relaxed));
       take();
-      idle_.fetch_add(1, std::memory_order_relaxed);
       until = nanoseconds() + kStays;
     }
-    idle_.fetch_sub(1, std::memory_order_relaxed);
+    awake_.fetch_sub(1, std::memory_order_relaxed);
+    asked_.fetch_sub(1);
   }
 
  private:
+  Helpers helpers_;
+  std::atomic<int> asking_{-1};  // the processor of who has posted
   std::mutex mutex_;
   Take take_;
-  std::atomic<int64_t> posted_{0}, idle_{0};
+  std::atomic<int64_t> posted_{0}, awake_{0}, asked_{0};
 };
 
 // Whether another thread is awake, as far as one knows: then it takes parts at once, and even short ones are worth it.
-inline bool others_are_awake() { return Board::of_process().idle() > 0; }
+inline bool others_are_awake() { return Board::of_process().awake() > 0; }
 
 // Calls work(i) for each i below `count`. The calling thread takes parts like all others and waits only for parts that
 // another thread has begun: so it cannot wait for ever, even if it is the pool's only thread. It takes them from the first
@@ -112,12 +199,10 @@ void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
     }
   };
   Board& board = Board::of_process();
-  const int64_t there = std::min(helpers, board.idle());
-  if (there > 0) board.post([take] { take(true); });
-  for (int64_t helper = there; helper < helpers; ++helper)
-    pool.Schedule([take, &board] {
-      take(true);
-      board.stay();
+  const int64_t asked = board.post([take] { take(true); }, helpers);
+  if (asked > 0)
+    board.helpers().elsewhere([&] {
+      for (int64_t helper = 0; helper < asked; ++helper) pool.Schedule([&board] { board.help(); });
     });
   take(false);
   for (int look = 0; look < kLooks && state->done.load() != count; ++look) pause();
