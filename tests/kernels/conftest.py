@@ -1,8 +1,13 @@
 """Tests of kernels run with the kernels, if they are installed; all other tests run without."""
 
+import jax
+import numpy as np
 import pytest
 
+import lepton_xla as lx
 from lepton_xla.kernels import installation
+from lepton_xla.passes.alternatives import autotuning
+from lepton_xla.passes.core.timing import Timer
 
 VARIANTS = ("avx512", "avx2", "dotprod", "portable")
 
@@ -31,3 +36,24 @@ def variants(kernels):
             yield name
 
     return each
+
+
+@pytest.fixture
+def autotuned(kernels, monkeypatch):
+    """Checks functions with all kernels that `autotune` finds for them, against plain JAX; returns the primitives."""
+
+    def times(functions, *_):
+        return [1.0 / (1 + at) for at in range(len(functions))]  # a kernel is the last alternative
+
+    monkeypatch.setattr(autotuning, "time_programs", times)
+
+    def check(fn, *operands):
+        inputs = {f"x{at}": lx.TensorSpec(each.shape, each.dtype.name) for at, each in enumerate(operands)}
+        program = lx.trace(lambda _weights, *given: fn(*given), {}, inputs)
+        tuned = autotuning.autotune(program, sizes=[{}], timer=Timer()).fn
+        expected = jax.jit(fn)(*operands)
+        for name, got in jax.jit(tuned)({}, *operands).items():
+            np.testing.assert_allclose(got, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+        return [eqn.primitive.name for eqn in jax.make_jaxpr(tuned)({}, *operands).eqns]
+
+    return check

@@ -400,3 +400,36 @@ def test_attention_is_chosen_by_measurement(kernels, monkeypatch, whole, chosen)
     assert ("attention" in str(jax.make_jaxpr(tuned.fn)(tuned.weights, x))) is (chosen == "a kernel")
     expected = jax.jit(program.fn)(program.weights, x)
     np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, x), expected, **TOLERANCE)
+
+
+def test_what_is_read_more_than_once(autotuned):
+    def fn(query, key, value, bias):
+        def scores(factor):
+            return factor * query @ jnp.swapaxes(key, 1, 2)
+
+        def ends(scores):
+            return jax.nn.softmax(scores) @ value
+
+        weights = jax.nn.softmax(scores(2.5))
+        raised = jnp.exp((s := scores(3.5)) - (most := s.max(-1, keepdims=True)))
+        return {
+            "as it is": ends(scores(1)),
+            "query, key and value are one": jax.nn.softmax(query @ jnp.swapaxes(query, 1, 2)) @ query,
+            "added to itself": ends((s := scores(2)) + s),
+            "its square is added": ends((s := scores(4)) + s * s),
+            "masked by itself": ends(jnp.where((s := scores(5)) > 0, s, -9.0)),
+            "weights times weights": weights @ weights,
+            "squared weights": ((w := jax.nn.softmax(scores(6))) * w) @ value,
+            "the greatest is read again": raised / raised.sum(-1, keepdims=True) @ value + most,
+            "spread over heads": jax.nn.softmax(scores(7)[:, None] + bias[:, :, None]) @ value[:, None],
+            "one key for all examples": (
+                jax.nn.softmax(query @ jnp.swapaxes(jnp.broadcast_to(key[:1], key.shape), 1, 2)) @ value
+            ),
+            "biases of keys": ends(scores(8) + bias[:, :1]),
+            "biases of queries": ends(scores(9) + bias[:, 0, :, None]),
+            "two scores that are added": ends(scores(10) + jnp.float32(0.1) * key @ jnp.swapaxes(query, 1, 2)),
+            "a bias that is a result": ends(scores(0.5) + (s := scores(0.25))) + s[..., :4],
+        }
+
+    names = autotuned(fn, *(array(2, 7, 4, seed=seed) for seed in range(3)), array(2, 3, 7))
+    assert names.count("attention") >= 5

@@ -217,3 +217,44 @@ def test_it_is_chosen_by_measurement(kernels):
     (report,) = [entry for entry in tuned.history[-1].sites if "excitation" in entry.site]
     assert (report.action == "a kernel") == ("excitation" in names(tuned.fn, tuned.weights, x))
     np.testing.assert_allclose(tuned.fn(tuned.weights, x), by_hand(x, weights), rtol=1e-5, atol=1e-5)
+
+
+def test_a_filter_a_channel_is_no_product(kernels):
+    """Of one position, of codes."""
+    static, point = jnp.full(1, 0.02, jnp.float32), Geometry((1, 1))
+    filters = [QTensor(step.weight, step.scale, "int8", 1) for step in steps(1, 8, 8, codes=True)[:1] * 2]
+
+    def fn(x):
+        inner = nn.silu(convolution.convolve_codes(x.mean((1, 2), keepdims=True), filters[0], point, static))
+        return nn.sigmoid(convolution.convolve_codes(inner, filters[1], point, static))
+
+    x = jnp.asarray(array(2, 5, 4, 8))
+    found = exciting.excite(fuse(fn), lambda _pattern: True)
+    np.testing.assert_allclose(jax.jit(found)(x), jax.jit(fn)(x), rtol=1e-5)
+
+
+def test_what_is_read_more_than_once(autotuned):
+    """Of one example, whose results look like biases and weights."""
+
+    def fn(x, narrow, out):
+        def means(factor):
+            return (factor * x).mean((1, 2), keepdims=True)
+
+        def ends(inner):
+            return nn.sigmoid(conv(nn.silu(inner), out))
+
+        first, second, single = conv(means(1), narrow), conv(means(2), narrow), x[..., :1].mean((1, 2), keepdims=True)
+        return {
+            "as it is": ends(conv(means(3), narrow)),
+            "added to itself": ends(first + first),
+            "a result": second,
+            "a result, gone on with": ends(second),
+            "biased by another": ends(conv(means(4), narrow) + conv(means(5), 2 * narrow)),
+            "squared means": ends(conv((m := means(6)) * m, narrow)),
+            "its own weight": nn.sigmoid(conv(nn.silu(conv(single, single)), single)),
+            "spread again": nn.sigmoid(conv(nn.silu(conv(means(7) + jnp.zeros_like(x), narrow)), out)),
+        }
+
+    x, w = operands()
+    names = autotuned(fn, x[:1], w["narrow"], w["wide"])
+    assert "excitation" in names

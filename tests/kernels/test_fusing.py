@@ -151,3 +151,40 @@ def test_fusing_twice_changes_nothing_more():
         for made in (fuse(fn), fuse(fuse(fn)))
     )
     assert once == again
+
+
+def test_an_image_that_is_gated_and_a_residual_too():
+    """Also where it was not fused in one go."""
+    image, factors = jnp.ones((2, 3, 4, 5)), jnp.full((2, 1, 1, 5), 0.5)
+
+    def fn(x, gate):
+        gated_image = x * gate
+        return conv(gated_image, jnp.reshape(jnp.eye(5), (1, 1, 5, 5))) + gated_image
+
+    np.testing.assert_array_equal(fuse(fuse(fn))(image, factors), fn(image, factors))
+
+
+def test_what_is_read_more_than_once(autotuned):
+    def plain(x, weight):
+        return jax.lax.conv_general_dilated(x, weight, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def fn(x, weight, bias, gate):
+        out, image, small = plain(x, weight), x * gate, x[:1, :1, :1]
+        one = plain(small, weight)
+        return {
+            "gated, a residual": plain(image, weight) + image,
+            "gated, a result": image,
+            "gated by itself": plain(small * small, weight),
+            "bias, read again": nn.relu(a := out + bias) + a,
+            "one pixel, added to itself": one + one,
+            "one pixel, a bias of others": plain(x, 2 * weight) + one,
+            "one pixel, the weight too": plain(one, jnp.broadcast_to(one, weight.shape)) + one,
+            "silu, times what it is of": (y := plain(x, 3 * weight)) * nn.silu(y),
+            "bounded by itself": jnp.maximum(z := plain(x, 4 * weight), z),
+            "residual is gated": (r := plain(x, 5 * weight)) + plain(r * gate, weight),
+        }
+
+    random = np.random.default_rng(0)
+    shapes = (2, 3, 4, 6), (1, 1, 6, 6), (1, 1, 1, 6), (2, 1, 1, 6)
+    names = autotuned(fn, *(jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes))
+    assert "conv_general_dilated" not in names

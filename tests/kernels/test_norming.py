@@ -184,3 +184,31 @@ def test_norms_are_chosen_by_measurement(kernels, monkeypatch, whole, chosen):
         like = jax.ShapeDtypeStruct(shape, jnp.float32)
         assert ("= norm[" in str(jax.make_jaxpr(tuned.fn)(tuned.weights, like))) is (chosen == "a kernel")
     np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, x), jax.jit(fn)(program.weights, x), **TOLERANCE)
+
+
+def test_what_is_read_more_than_once(autotuned):
+    """Of as many rows as columns, whose sums look like vectors."""
+
+    def fn(x, gain, number):
+        def root(x):
+            return jax.lax.rsqrt(mean_of(x * x) + 1e-5)
+
+        apart, squares, second, single = x - mean_of(x), jnp.sum(x**2, -1), 2.0 * x, 4 * x[:1]
+        norm_of = {at: SPELLINGS["by hand"](at * x, gain, gain) for at in (3, 5)}
+        return {
+            "as it is": SPELLINGS["root of mean square"](x + 1, gain, gain),
+            "differences, a result": apart,
+            "differences": apart * root(apart) * wide(gain, x),
+            "root, a result": (factor := root(second)),
+            "root": second * factor + factor,
+            "sums of rows as a gain": x * jax.lax.rsqrt(squares[:, None] / 48 + 1e-5) * squares[None],
+            "means of columns as a gain": 3 * x * root(3 * x) * (3 * x).mean(0)[None],
+            "means of rows taken from columns": (y := x - x.mean(-1)[None]) * root(y),
+            "squared": norm_of[3] * norm_of[3],
+            "added to what it is of": norm_of[5] + 5 * x,
+            "a gain of the only row": single * root(single) * single[0][None],
+            "sums of products": jnp.sum(2.0 * x, -1) + jnp.sum(number * x, -1),
+        }
+
+    names = autotuned(fn, array(48, 48), array(48), array(1)[0])
+    assert names.count("norm") >= 4

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lepton_xla import _compat
 from lepton_xla.passes.alternatives.attention_pattern import Operand, Pattern, is_float, long
-from lepton_xla.passes.alternatives.patterns import Place, replace, without_calls
+from lepton_xla.passes.alternatives.patterns import Place, apart, replace, without_calls
 from lepton_xla.passes.core.activations import Graph, constant_of
 
 # Asking for these inlines the calls they are in.
@@ -37,6 +37,10 @@ def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def find(closed: Any) -> Iterator[Pattern]:
     """Find the attention in a jaxpr and in all jaxprs inside it."""
+    return apart(_all(closed))
+
+
+def _all(closed: Any) -> Iterator[Pattern]:
     jaxpr, _ = _compat.open_jaxpr(closed)
     equations, _ = _compat.live(jaxpr)
     graph = Graph(equations, jaxpr.outvars)
@@ -46,7 +50,7 @@ def find(closed: Any) -> Iterator[Pattern]:
             if pattern is not None:
                 yield pattern
         for inner in _compat.inner_jaxprs(eqn):
-            yield from find(inner)
+            yield from _all(inner)
 
 
 def _sides(eqn: Any) -> list[tuple[tuple[int, ...], int, list[int]]] | None:
@@ -179,11 +183,13 @@ class _Search:
         while (eqn := self._only()) is not None:
             name = eqn.primitive.name
             others = [index for index, atom in enumerate(eqn.invars) if atom is not self.var]
-            if not is_float(eqn.outvars[0]) or len(eqn.invars) - len(others) != 1:
+            if not is_float(eqn.outvars[0]):
                 return None
             moved = _moved(eqn, self.axes)
             if moved is not None:
                 self.axes = moved
+            elif eqn.outvars[0].aval.shape != self.var.aval.shape:
+                return None  # they are spread
             elif name in ("mul", "div") and not (name == "div" and others == [0]):
                 factor = constant_of(self.graph, eqn.invars[others[0]])
                 if factor is None or self.bias is not None or not math.isfinite(factor) or factor == 0:
@@ -307,7 +313,7 @@ class _Search:
     def _value(self, last: Any, keys: str, named: Mapping[str, str]) -> tuple[Operand | None, tuple[str, ...]]:
         """The operand of the values, and the axes of the result."""
         sides = _sides(last)
-        if sides is None or last.invars[0] is last.invars[1]:
+        if sides is None:
             return None, ()
         own = 0 if last.invars[0] is self.var else 1
         batch, contracted, free = sides[own]

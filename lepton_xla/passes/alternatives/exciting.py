@@ -15,7 +15,7 @@ from lepton_xla.kernels import excitation
 from lepton_xla.kernels.convolution import PRIMITIVES, Epilogue, Geometry, Operands
 from lepton_xla.kernels.excitation import Step
 from lepton_xla.passes.alternatives import convolving
-from lepton_xla.passes.alternatives.patterns import Place, replace, without_calls
+from lepton_xla.passes.alternatives.patterns import Place, apart, replace, without_calls
 from lepton_xla.passes.core.activations import Graph, constant_of, find_activation
 
 # Asking for these inlines the calls they are in.
@@ -147,6 +147,10 @@ def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def find(closed: Any) -> Iterator[Pattern]:
     """Find squeeze-excite in a jaxpr and in all jaxprs inside it."""
+    return apart(_all(closed))
+
+
+def _all(closed: Any) -> Iterator[Pattern]:
     jaxpr, _ = _compat.open_jaxpr(closed)
     equations, _ = _compat.live(jaxpr)
     graph = Graph(equations, jaxpr.outvars)
@@ -156,7 +160,7 @@ def find(closed: Any) -> Iterator[Pattern]:
             if pattern is not None:
                 yield pattern
         for inner in _compat.inner_jaxprs(eqn):
-            yield from find(inner)
+            yield from _all(inner)
 
 
 def _pattern(graph: Graph, total: Any) -> Pattern | None:
@@ -208,7 +212,8 @@ def _product(graph: Graph, image: Any) -> _Product | None:
     if eqn.primitive is _OF_CODES:
         given = Operands(*(atom.aval for atom in eqn.invars))
         plain = given.static.shape == (1,) and given.gate.ndim == given.residual.ndim == 1
-        if not plain or eqn.params["geometry"] != _POINT:
+        filters = given.codes.shape[0] != given.x.shape[3]  # one a channel
+        if not plain or filters or eqn.params["geometry"] != _POINT:
             return None
         return _Product(eqn, [eqn], (eqn, 6) if given.bias.shape[0] else None, eqn.params["epilogue"])
     if not convolving.fits(eqn) or eqn.params["feature_group_count"] != 1:
@@ -218,7 +223,7 @@ def _product(graph: Graph, image: Any) -> _Product | None:
     found = _Product(eqn, [eqn], None)
     adding = graph.only_reader(eqn.outvars[0])
     if adding is not None and adding.primitive.name == "add":
-        (place,) = [at for at, atom in enumerate(adding.invars) if atom is not eqn.outvars[0]] or [0]
+        (place,) = [at for at, atom in enumerate(adding.invars) if atom is not eqn.outvars[0]]
         other = adding.invars[place]
         if not isinstance(other, _compat.LITERAL) and other.aval.shape == (1, 1, 1, found.sizes[1]):
             found.bias = adding, place

@@ -178,9 +178,8 @@ def _extend(chain: _Chain, graph: Graph, taken: set[int]) -> bool:
     name = eqn.primitive.name
     if eqn.outvars[0].aval.shape != out.aval.shape or eqn.outvars[0].aval.dtype != jnp.float32:
         return False
-    places = [place for place, atom in enumerate(eqn.invars) if atom is not out]
-    if name == "add" and len(places) == 1:
-        return _add(chain, eqn, places[0])
+    if name == "add":
+        return _add(chain, eqn, 1 if eqn.invars[0] is out else 0)
     bounds = _bounds(eqn, out)
     if bounds is None or not before or chain.epilogue.activation == "silu":
         return False

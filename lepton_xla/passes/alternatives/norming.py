@@ -135,7 +135,8 @@ def _starts(graph: Graph, total: Any) -> Iterator[Any]:
         return
     yield atom
     maker = graph.made_by(atom)
-    if maker is not None and maker.primitive.name in ("mul", "square", "integer_pow"):
+    squares = maker is not None and maker.primitive.name in ("mul", "square", "integer_pow")
+    if squares and maker.invars[0].aval.shape == shape:
         yield maker.invars[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -67,6 +67,16 @@ def replace[P: Pattern](
         return dict.fromkeys(names, rule)
 
     return rewrite(fn, rules, inline=True, on_unknown="keep")
+
+
+def apart[P: Pattern](patterns: Iterable[P]) -> Iterator[P]:
+    """Those that share no equation with one before: each of two products that are added may have the other as bias."""
+    taken: set[int] = set()
+    for pattern in patterns:
+        equations = {id(eqn) for eqn in (*pattern.members, pattern.last)}
+        if taken.isdisjoint(equations):
+            taken |= equations
+            yield pattern
 
 
 def without_calls(fn: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:

@@ -66,9 +66,10 @@ class Graph:
         self.outputs = {atom for atom in outvars if not isinstance(atom, _compat.LITERAL)}
 
     def only_reader(self, var: Any) -> Any:
-        """The equation that reads a value, if it is the only one and the value is no result; else None."""
+        """The equation that reads a value, if it alone does, as one operand, and the value is no result; else None."""
         readers = self.readers.get(var, [])
-        return readers[0] if len(readers) == 1 and var not in self.outputs else None
+        once = len(readers) == 1 and _read(readers[0]).count(var) == 1
+        return readers[0] if once and var not in self.outputs else None
 
     def following(self, var: Any) -> Sequence[Any]:
         """The equations among which those that compute an activation of a value are."""

@@ -188,7 +188,7 @@ def _match(graph: Graph, product: Any, taken: set[int]) -> Pattern | None:
             passed.append(eqn)
             var = eqn.outvars[0]
             continue
-        if eqn is not None and eqn.primitive.name == "add" and len({*map(id, eqn.invars)}) == 2:
+        if eqn is not None and eqn.primitive.name == "add":
             side = next(index for index, atom in enumerate(eqn.invars) if atom is not var)
             bias = _bias(graph, eqn, side, columns)
             if bias is not None and pattern.bias is None and not pattern.activation:
