@@ -6,8 +6,9 @@ Needs the package lepton-xla-kernels (`make kernels`). Section `products`: a pro
 XLA's own operations, and by the kernel, in turns. Section `decode`: a decoder of 110 million parameters with random
 weights makes one token, behind 128 cached ones, as float and as `optimize` leaves it with each preset. Section
 `minilm`: all-MiniLM-L6-v2 in int8, with and without kernels, beside OpenVINO, ONNX Runtime and qwix, if they are
-installed. Section `convolutions`: layers of MobileNetV2 and of a residual CNN, by XLA and by the kernels. Writes
-docs/benchmarks/kernels.md.
+installed. Section `images`: MobileNetV2 and EfficientNet-B0 beside these, in float32 and in int8. Section
+`convolutions`: layers of MobileNetV2 and of a residual CNN, by XLA and by the kernels. Programs run as `leptonx serve`
+runs them. Writes docs/benchmarks/kernels.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import functools
 import importlib.util
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import convolutions
@@ -33,6 +34,7 @@ from rich.console import Console
 import lepton_xla as lx
 from lepton_xla.kernels import installation, integer_product, weight_only
 from lepton_xla.quant import QTensor, quantize
+from lepton_xla.serve.runtime import keep_memory, run_on_calling_thread
 from lepton_xla.tuning.trials import as_loaded
 
 console = Console(width=120, highlight=False)
@@ -47,6 +49,8 @@ SHAPES: list[tuple[str, int, int, int, float]] = [
 ]  # fmt: skip
 PRESETS = {"int8-weight-only": 0.35, "int4-weight-only": 0.22, "int8": 1.0}
 CACHED = 128
+IMAGES = ("mobilenetv2", "efficientnet-b0")
+IMAGE_PRESETS = {"float": "float", "int8": "int8-static"}
 
 
 def products(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -185,44 +189,83 @@ def minilm(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.quick:
         return
     model = models.load("minilm", quick=True)  # all of the model; few questions, since only time is measured here
-    spec, program = model.spec, model.spec.program()
     recipe = lx.Recipe.load("int8")
-    data = list(spec.calibration_batches() or ())
-    small = {"int8": lx.optimize(program, recipe, calibration=data, buckets=spec.buckets)}
+    ours = {"float": model.spec.program(), "int8": _optimized(model, recipe)}
     with installation.without_kernels():
-        small["int8, without kernels"] = lx.optimize(program, recipe, calibration=data, buckets=spec.buckets)
-    graphs = peers.onnx_peers(model) if importlib.util.find_spec("onnx") else []
-    others = [peer for peer in graphs if "int8" in peer.name]
+        ours["int8, without kernels"] = _optimized(model, recipe)
+    others = [peer for peer in _graphs(model) if "int8" in peer.name]
     setting = peers.qwix_setting(recipe.quantize[0])
     if peers.available()["qwix"] and setting is not None:
         others.append(peers.qwix_ptq(model, *setting))
+    yield from _in_turns(model, ours, others, lambda _: "int8")
+
+
+def images(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Times the image models, one after the other; `--quick` leaves them out, since they have one size."""
+    found: dict[str, Any] = {}
+    for name in () if options.quick else IMAGES:
+        model = models.load(name)
+        ours = {row: _optimized(model, lx.Recipe.load(preset)) for row, preset in IMAGE_PRESETS.items()}
+        for rows in _in_turns(model, ours, _graphs(model), lambda row: "int8" if "int8" in row else "float"):
+            found[name] = rows
+            yield found
+
+
+def _optimized(model: models.BenchModel, recipe: lx.Recipe) -> lx.Program:
+    """As an artifact runs it."""
+    spec = model.spec
+    data = list(spec.calibration_batches() or ())
+    return as_loaded(lx.optimize(spec.program(), recipe, calibration=data, buckets=spec.buckets))
+
+
+def _graphs(model: models.BenchModel) -> list[peers.Peer]:
+    """The model in ONNX Runtime and OpenVINO, if they are installed."""
+    return peers.onnx_peers(model) if importlib.util.find_spec("onnx") else []
+
+
+def _in_turns(
+    model: models.BenchModel,
+    ours: Mapping[str, lx.Program],
+    others: Sequence[peers.Peer],
+    base: Callable[[str], str],
+) -> Iterator[dict[str, Any]]:
+    """Times all of them in turns, at one size after the other, beside that of ours which `base` names."""
+    spec = model.spec
     cells: dict[str, dict[str, float]] = {}
     sizes = [dict(zip(spec.buckets, at, strict=True)) for at in itertools.product(*spec.buckets.values())]
     for at in sizes:
         inputs = harness.example_inputs(spec.inputs, at)
-        given = [inputs[name] for name in program.inputs]
-        calls = {"float": harness.compiled(program.fn, program.weights, *given)}
-        for name, each in small.items():
-            loaded = as_loaded(each)
-            calls[name] = harness.compiled(loaded.fn, loaded.weights, *given)
+        calls = {
+            name: harness.compiled(each.fn, each.weights, *(inputs[given] for given in each.inputs))
+            for name, each in ours.items()
+        }
         times = harness.interleave(calls | {peer.name: peer.at(inputs) for peer in others}, seconds=8.0)
-        bucket = "x".join(str(size) for size in at.values())
+        bucket = _bucket(at)
         for name, found in times.items():
             cells.setdefault(name, {})[bucket] = 1e3 * statistics.median(found)
-            cells[name][f"{bucket} / int8"] = harness.ratio(times, name, "int8")
-        yield {"buckets": ["x".join(map(str, at.values())) for at in sizes], "rows": cells}
+            cells[name][f"{bucket} / ours"] = harness.ratio(times, name, base(name))
+        yield {"buckets": [_bucket(at) for at in sizes], "rows": cells}
 
 
-def minilm_tables(found: dict[str, Any]) -> list[str]:
-    """Markdown of MiniLM."""
-    done = [bucket for bucket in found["buckets"] if bucket in found["rows"]["int8"]]
-    if len(done) < len(found["buckets"]):
+def _bucket(sizes: Mapping[str, int]) -> str:
+    return "x".join(map(str, sizes.values()))
+
+
+def _table_of_turns(name: str, found: dict[str, Any]) -> list[str]:
+    """Markdown of what was timed in turns, when all sizes were."""
+    rows, buckets = found["rows"], found["buckets"]
+    if any(bucket not in cells for cells in rows.values() for bucket in buckets):
         return []
-    rows = [
-        (name, *(f"{cells[bucket]:.2f} ({cells[f'{bucket} / int8']:.2f})" for bucket in done))
-        for name, cells in found["rows"].items()
+    lines = [
+        (row, *(f"{cells[bucket]:.2f} ({cells[f'{bucket} / ours']:.2f})" for bucket in buckets))
+        for row, cells in rows.items()
     ]
-    return [harness.markdown(("", *(f"{bucket}: ms (of int8's time)" for bucket in done)), rows)]
+    return [harness.markdown((name, *(f"{bucket}: ms (of ours)" for bucket in buckets)), lines)]
+
+
+def image_tables(found: dict[str, Any]) -> list[str]:
+    """Markdown of the image models."""
+    return [table for name, rows in found.items() for table in _table_of_turns(name, rows)]
 
 
 SECTIONS = {
@@ -248,10 +291,18 @@ SECTIONS = {
     ),
     "minilm": sections.Section(
         minilm,
-        minilm_tables,
+        functools.partial(_table_of_turns, ""),
         "## MiniLM in int8\n\nall-MiniLM-L6-v2 at batch x length, all calls in turns; in brackets the time over that "
         "of `int8` in the same rounds: above 1 is slower than ours. OpenVINO and ONNX Runtime quantize with their own "
         "tools and the same data; qwix rounds activations on each call, as ours does.",
+    ),
+    "images": sections.Section(
+        images,
+        image_tables,
+        "## Image models\n\nMobileNetV2 and EfficientNet-B0 with random weights, images of 224 x 224, by batch, all "
+        "calls in turns; in brackets the time over that of ours with the same arithmetic in the same rounds: above 1 "
+        "is slower than ours. Ours are the presets `float` and `int8-static`; the others quantize with their own "
+        "tools and the same data.",
     ),
 }
 
@@ -271,6 +322,9 @@ def main() -> int:
     if not installation.usable():
         console.print("the kernels are not installed: make kernels")
         return 1
+
+    keep_memory()
+    run_on_calling_thread()
 
     def write(results: sections.Results) -> None:
         if options.pages and not options.quick:
