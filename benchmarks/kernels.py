@@ -281,7 +281,8 @@ SECTIONS = {
         convolutions.tables,
         "## Convolutions\n\nImages of float32 with their channels last, a bias and a ReLU6 behind each convolution; "
         "ratios are of XLA's time in float, medians over rounds. XLA computes depthwise ones as shifted multiply-adds "
-        "here. The integer ones find the scale of each example and round it.",
+        "here. The integer ones find the scale of each example and round it; depthwise ones are timed in float only, "
+        "since in int8 they pay between convolutions that hand codes on.",
     ),
     "decode": sections.Section(
         decode,
@@ -293,8 +294,8 @@ SECTIONS = {
         minilm,
         functools.partial(_table_of_turns, ""),
         "## MiniLM in int8\n\nall-MiniLM-L6-v2 at batch x length, all calls in turns; in brackets the time over that "
-        "of `int8` in the same rounds: above 1 is slower than ours. OpenVINO and ONNX Runtime quantize with their own "
-        "tools and the same data; qwix rounds activations on each call, as ours does.",
+        "of `int8` in the same rounds: above 1 is slower than ours. OpenVINO quantizes by NNCF with the same "
+        "data, ONNX Runtime by `quantize_dynamic`; qwix rounds activations on each call, as ours does.",
     ),
     "images": sections.Section(
         images,

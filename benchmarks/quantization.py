@@ -326,8 +326,8 @@ def write_pages(results: Mapping[str, Any]) -> None:
             f'model take turns. "Slower" means a ratio above {NOISE_RATIO} and above that of the float model timed '
             'against itself. "The same" means that XLA compiles exactly the operations of the folded float model, '
             "because all weights are unpacked on loading; any difference in time is noise.\n- Integer products depend "
-            "on the processor's instructions, so some models were measured on several processors.\n- Covered weights "
-            "are those that a preset does not store in float, scales included.\n- Other libraries get the same "
+            "on the processor's instructions, so some models were measured on several processors.\n- Sections of "
+            "2026-11-26 are from before the CPU kernels, and so without them.\n- Covered weights are those that a preset does not store in float, scales included.\n- Other libraries get the same "
             "weights and the same calibration data. Rows that lose are kept."
         ),
     ]
@@ -352,7 +352,8 @@ def minilm_page(results: Mapping[str, Any]) -> str:
         (
             "Latency of the whole model at batch x sequence length, with one thread per core. Each row takes turns "
             "with the float model under `jax.jit`, and the ratio compares the two in the same rounds; below 1 is "
-            "faster. On a shared machine trust the ratios, not the times."
+            "faster. On a shared machine trust the ratios, not the times. Sections of 2026-11-26 are from before the "
+            "CPU kernels; [kernels.md](kernels.md#minilm-in-int8) has times with them."
         ),
     ]
     for name, result in results.items():
@@ -420,7 +421,7 @@ def main() -> int:
             console.print(f"{name}: skipped: {error}")
             continue
         measured[name] = measure(model, wanted, options, rows)
-        run = harness.machine(peers.PACKAGES if options.peers else ())
+        run = harness.machine(["lepton-xla-kernels", *(peers.PACKAGES if options.peers else ())])
         run |= {"command": harness.command(), "load": load, "versions": f"{run['versions']}; {settings}"}
         measured[name]["run"] = run
         show(name, measured[name])

@@ -2,7 +2,7 @@
 //
 // A processor with VNNI adds 32 products of 16 bits in the time of 16 of floats. Each query, the keys of a head, and its
 // values are rounded by their largest magnitudes, and the weights of keys by that of 1: so finely that no sum exceeds 32
-// bits, which is a hundred times as fine as eight bits are.
+// bits, which is at least 16 times as fine as eight bits are, up to a depth of 512.
 #pragma once
 
 #include "attention_scores.h"

@@ -189,7 +189,7 @@ def _flax(facts: Mapping[str, Any]) -> Finding:
 def _kernels(facts: Mapping[str, Any]) -> Finding:
     version, interface = facts["kernels"], facts["interface"]
     if version is None:
-        advice = "where there is a C++ compiler, make kernels (or pip install ./kernels) makes int8 and int4 faster"
+        advice = "where there is a C++ compiler, make kernels (or pip install ./kernels) makes models faster"
         return Finding("kernels", "note", "lepton-xla-kernels is not installed", advice)
     found = f"lepton-xla-kernels {version}"
     if facts["problem"]:

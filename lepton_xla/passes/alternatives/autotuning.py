@@ -49,7 +49,7 @@ def autotune(
     timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Program:
-    """Compute convolutions, attention, and some products of one row, in the fastest measured way.
+    """Compute convolutions, attention, norms, squeeze-excite and some products of one row in the fastest measured way.
 
     Args:
         program: any program.
