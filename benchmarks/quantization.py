@@ -327,7 +327,8 @@ def write_pages(results: Mapping[str, Any]) -> None:
             'against itself. "The same" means that XLA compiles exactly the operations of the folded float model, '
             "because all weights are unpacked on loading; any difference in time is noise.\n- Integer products depend "
             "on the processor's instructions, so some models were measured on several processors.\n- Sections of "
-            "2026-11-26 are from before the CPU kernels, and so without them.\n- Covered weights are those that a preset does not store in float, scales included.\n- Other libraries get the same "
+            "2026-11-26 are from before the CPU kernels, and so without them.\n- Covered weights "
+            "are those that a preset does not store in float, scales included.\n- Other libraries get the same "
             "weights and the same calibration data. Rows that lose are kept."
         ),
     ]
