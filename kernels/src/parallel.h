@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -12,6 +13,7 @@
 #include <vector>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
@@ -52,55 +54,55 @@ class Helpers {
   template <typename Wake>
   void elsewhere(const Wake& wake) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    std::array<cpu_set_t, kMost> before;
     const int at = here();
-    const pid_t id = gettid();  // a thread of the pool may go on with a program itself
-    for (const Thread& thread : threads_) {
-      cpu_set_t others = thread.processors;
-      if (at >= 0) CPU_CLR(at, &others);
-      if (CPU_COUNT(&others) > 0 && thread.id != id) sched_setaffinity(thread.id, sizeof others, &others);
-    }
+    const pid_t own = id();  // a thread of the pool may go on with a program itself
+    for (size_t i = 0; i < threads_.size(); ++i)
+      if (threads_[i] == own || !leave(threads_[i], at, before[i])) CPU_ZERO(&before[i]);
     wake();
-    for (const Thread& thread : threads_)
-      if (thread.id != id) sched_setaffinity(thread.id, sizeof thread.processors, &thread.processors);
+    for (size_t i = 0; i < threads_.size(); ++i)
+      if (CPU_COUNT(&before[i]) > 0) sched_setaffinity(threads_[i], sizeof before[i], &before[i]);
   }
 
   // Adds this thread, until it ends; and if it runs where the one that asked for help does, it goes elsewhere.
   void join(int asking) {
     static thread_local const Membership membership(*this);
     if (asking < 0 || here() != asking) return;
-    cpu_set_t others = membership.processors;
-    CPU_CLR(asking, &others);
-    if (CPU_COUNT(&others) == 0) return;
-    sched_setaffinity(0, sizeof others, &others);
-    sched_setaffinity(0, sizeof membership.processors, &membership.processors);
+    const std::lock_guard<std::mutex> lock(mutex_);  // while `elsewhere` lends a thread other processors, these are not its own
+    cpu_set_t before;
+    if (leave(0, asking, before)) sched_setaffinity(0, sizeof before, &before);
   }
 
  private:
   // Of more threads, the system calls would take longer than is gained.
   static constexpr size_t kMost = 8;
-  struct Thread {
-    pid_t id;
-    cpu_set_t processors;
-  };
+
+  static pid_t id() { return static_cast<pid_t>(syscall(SYS_gettid)); }
+
+  // Keeps a thread from a processor; false if it may run nowhere else. `before` is where it might run.
+  static bool leave(pid_t thread, int processor, cpu_set_t& before) {
+    if (processor < 0 || sched_getaffinity(thread, sizeof before, &before) != 0) return false;
+    cpu_set_t others = before;
+    CPU_CLR(processor, &others);
+    return CPU_COUNT(&others) > 0 && sched_setaffinity(thread, sizeof others, &others) == 0;
+  }
+
   struct Membership {
     Helpers& helpers;
-    const pid_t id = gettid();
-    cpu_set_t processors;
+    const pid_t thread = id();
 
     explicit Membership(Helpers& helpers) : helpers(helpers) {
-      CPU_ZERO(&processors);
-      sched_getaffinity(id, sizeof processors, &processors);
       const std::lock_guard<std::mutex> lock(helpers.mutex_);
-      if (helpers.threads_.size() < kMost && CPU_COUNT(&processors) > 0) helpers.threads_.push_back({id, processors});
+      if (helpers.threads_.size() < kMost) helpers.threads_.push_back(thread);
     }
     ~Membership() {
       const std::lock_guard<std::mutex> lock(helpers.mutex_);
       auto& all = helpers.threads_;
-      all.erase(std::remove_if(all.begin(), all.end(), [&](const Thread& each) { return each.id == id; }), all.end());
+      all.erase(std::remove(all.begin(), all.end(), thread), all.end());
     }
   };
   std::mutex mutex_;
-  std::vector<Thread> threads_;
+  std::vector<pid_t> threads_;
 #else
  public:
   static int here() { return -1; }
@@ -121,47 +123,72 @@ class Board {
     static auto* const board = new Board;  // never destroyed: threads of XLA may outlive it at the end of a process
     return *board;
   }
-  Helpers& helpers() { return helpers_; }
   // How many threads look for parts, or have some.
   int64_t awake() const { return awake_.load(std::memory_order_relaxed); }
 
-  // Returns how many threads must be asked to `help`, so that `wanted` do. Those that have been asked and are on their way
-  // are not asked again: each would wake one more thread of the pool, and there would be more than cores.
-  int64_t post(const Take& take, int64_t wanted) {
+  // Has `wanted` threads of a pool take parts. Those that have been asked and are on their way are not asked again: each
+  // would wake one more thread of the pool, and there would be more than processors.
+  void post(xla::ffi::ThreadPool& pool, const Take& take, int64_t wanted) {
     asking_.store(Helpers::here(), std::memory_order_relaxed);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       take_ = take;
-      posted_.fetch_add(1, std::memory_order_release);
+      posted_.fetch_add(1);
     }
     int64_t asked = asked_.load();
     while (asked < wanted && !asked_.compare_exchange_weak(asked, wanted)) continue;
-    return std::max<int64_t>(0, wanted - asked);
+    if (asked >= wanted) return;
+    asks() = true;
+    helpers_.elsewhere([&] {
+      for (; asked < wanted; ++asked) pool.Schedule([this] { help(); });
+    });
+    asks() = false;
+  }
+
+ private:
+  // Whether this thread asks others: a pool whose queue is full has it do at once what it asks for.
+  static bool& asks() {
+    static thread_local bool asks = false;
+    return asks;
+  }
+
+  // Whether something else is posted within a while.
+  bool comes(int64_t seen) const {
+    for (const int64_t until = nanoseconds() + kStays; nanoseconds() < until;)
+      for (int look = 0; look < 16; ++look) {
+        if (posted_.load(std::memory_order_acquire) != seen) return true;
+        pause();
+      }
+    return false;
   }
 
   // Takes what is posted until nothing was for a while.
   void help() {
-    int64_t seen = -1, now = nanoseconds(), until = now + kStays;
-    const int64_t end = now + kStaysAtMost;
+    if (asks()) {
+      asked_.fetch_sub(1);
+      return;
+    }
+    const int64_t end = nanoseconds() + kStaysAtMost;
+    int64_t seen = 0;
     awake_.fetch_add(1, std::memory_order_relaxed);
-    for (; now < until && now < end; now = nanoseconds()) {
-      for (int look = 0; look < 16 && posted_.load(std::memory_order_acquire) == seen; ++look) pause();
-      if (posted_.load(std::memory_order_acquire) == seen) continue;
-      Take take;
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        seen = posted_.load(std::memory_order_relaxed);
-        take = take_;
-      }
-      helpers_.join(asking_.load(std::memory_order_relaxed));
-      take();
-      until = nanoseconds() + kStays;
+    for (;;) {
+      do {
+        Take take;
+        {
+          const std::lock_guard<std::mutex> lock(mutex_);
+          seen = posted_.load(std::memory_order_relaxed);
+          take = take_;
+        }
+        helpers_.join(asking_.load(std::memory_order_relaxed));
+        take();
+      } while (nanoseconds() < end && comes(seen));
+      asked_.fetch_sub(1);
+      if (posted_.load() == seen) break;
+      asked_.fetch_add(1);  // who has posted meanwhile may have found this thread among those that were asked
     }
     awake_.fetch_sub(1, std::memory_order_relaxed);
-    asked_.fetch_sub(1);
   }
 
- private:
   Helpers helpers_;
   std::atomic<int> asking_{-1};  // the processor of who has posted
   std::mutex mutex_;
@@ -198,12 +225,7 @@ void run_parts(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
       }
     }
   };
-  Board& board = Board::of_process();
-  const int64_t asked = board.post([take] { take(true); }, helpers);
-  if (asked > 0)
-    board.helpers().elsewhere([&] {
-      for (int64_t helper = 0; helper < asked; ++helper) pool.Schedule([&board] { board.help(); });
-    });
+  Board::of_process().post(pool, [take] { take(true); }, helpers);
   take(false);
   for (int look = 0; look < kLooks && state->done.load() != count; ++look) pause();
   if (state->done.load() == count) return;
