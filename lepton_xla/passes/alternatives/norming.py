@@ -135,9 +135,10 @@ def _starts(graph: Graph, total: Any) -> Iterator[Any]:
         return
     yield atom
     maker = graph.made_by(atom)
-    squares = maker is not None and maker.primitive.name in ("mul", "square", "integer_pow")
-    if squares and maker.invars[0].aval.shape == shape:
-        yield maker.invars[0]
+    if maker is not None and maker.primitive.name in ("mul", "square", "integer_pow"):
+        squared = maker.invars[0]
+        if squared.aval.shape == shape:  # not a number
+            yield squared
 
 
 class _Search:
