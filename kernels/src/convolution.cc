@@ -126,22 +126,21 @@ __attribute__((always_inline)) inline void write(const Convolution& p, const Fin
   if constexpr (AT + 1 < MR * NR) write<Op, MR, NR, AT + 1>(p, finish, rows, sums, pixel, column);
 }
 
-// The same, briefly, of one example; the last vector has `left` channels. `factor` and `bias` are those of the AT-th sum's
-// column: read again for each, since what is written might be there for all that a compiler knows, they would take as long.
-// `pitch` is from one pixel to the next.
+// The same, briefly, of any examples, which have one scale; the last vector has `left` channels. `factor` and `bias` are
+// those of the AT-th sum's column: read again for each, since what is written might be there for all that a compiler knows,
+// they would take as long. `pitch` is from one pixel to the next.
 template <class Op, int MR, int NR, int AT>
-__attribute__((always_inline)) inline void write_brief(const Convolution& p, Brief brief, int64_t example,
-                                                       const typename Op::Sum (&sums)[MR][NR], int64_t to,
-                                                       int64_t pitch, int64_t column, int left, Floats factor,
-                                                       Floats bias) {
+__attribute__((always_inline)) inline void write_brief(const Convolution& p, Brief brief,
+                                                       const typename Op::Sum (&sums)[MR][NR], int64_t to, int64_t pitch,
+                                                       int64_t column, int left, Floats factor, Floats bias) {
   constexpr int i = AT % MR, j = AT / MR;
   if constexpr (i == 0) {
-    factor = p.row_scale[example] * load(p.code_factor + column + j * kLanes);
+    factor = load(p.code_factor + column + j * kLanes);
     bias = load(p.code_bias + column + j * kLanes);
   }
   brief(Op::value(sums[i][j], factor, bias), to + i * pitch + j * kLanes, j + 1 < NR ? kLanes : left);
   if constexpr (AT + 1 < MR * NR)
-    write_brief<Op, MR, NR, AT + 1>(p, brief, example, sums, to, pitch, column, left, factor, bias);
+    write_brief<Op, MR, NR, AT + 1>(p, brief, sums, to, pitch, column, left, factor, bias);
 }
 
 // Writes the sums from the AT-th on to memory, from where a loop reads them: a SiLU is too long to be there for each.
@@ -153,20 +152,21 @@ __attribute__((always_inline)) inline void hold(const typename Op::Sum (&sums)[M
   if constexpr (AT + 1 < MR * NR) hold<Op, MR, NR, AT + 1>(sums, held);
 }
 
+// Codes of SiLUs, with one scale for all examples.
 template <class Op, int MR, int NR>
-void write_silu(const Convolution& p, const Finish& finish, int64_t example, const typename Op::Sum (&held)[MR * NR],
-                int64_t pixel, int64_t column) {
-  const SiluCodes silu_codes = finish.silu_codes();
+void write_silu(const Convolution& p, const SiluCodes silu_codes, const typename Op::Sum (&held)[MR * NR], int64_t pixel,
+                int64_t column) {
   for (int j = 0; j < NR; ++j) {
-    const int64_t at = column + j * kLanes;
-    const Floats factor = Op::factor(p, example, at);
+    const int64_t at = column + j * kLanes, left = p.window.o - at;
+    const int count = static_cast<int>(left < kLanes ? left : kLanes);
+    const Floats factor = Op::factor(p, 0, at);
     const Floats bias = bias_at(p.epilogue, at);
     for (int i = 0; i < MR; ++i)
-      silu_codes(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at);
+      silu_codes(Op::value(held[j * MR + i], factor, bias), (pixel + i) * p.window.o + at, count);
   }
 }
 
-// The same in float, without codes.
+// SiLUs in float, of one example and whole vectors.
 template <class Op, int MR, int NR>
 void write_silu_floats(const Convolution& p, int64_t example, const typename Op::Sum (&held)[MR * NR], int64_t pixel,
                        int64_t column) {
@@ -227,22 +227,22 @@ void tile(const Convolution& p, const Rows<Op>& rows, int64_t pixel, int64_t col
     }
   }
   if (Bounds::suffice(p)) return write_bounded<Op, MR, NR, 0>(p, Bounds(p.epilogue), rows, sums, pixel, column);
-  const bool together = rows.example[0] == rows.example[MR - 1];
   if constexpr (Op::kOfCodes) {
-    if (p.code_factor != nullptr && together) {
+    if (p.code_factor != nullptr) {
       const int64_t last = window.o - column - (NR - 1) * kLanes;
-      return write_brief<Op, MR, NR, 0>(p, Brief(p), rows.example[0], sums, pixel * window.o + column, window.o, column,
+      return write_brief<Op, MR, NR, 0>(p, Brief(p), sums, pixel * window.o + column, window.o, column,
                                         static_cast<int>(last < kLanes ? last : kLanes), Floats{}, Floats{});
     }
   }
   const Finish finish(p);
-  const bool whole = column + NR * kLanes <= window.o;
-  const bool is_silu = finish.gives_silus();
-  if (!(is_silu || finish.is_silu()) || !whole || !together) return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
+  const bool whole = column + NR * kLanes <= window.o, together = rows.example[0] == rows.example[MR - 1];
+  const bool of_codes = finish.is_silu();
+  if (!of_codes && !(finish.gives_silus() && whole && together))
+    return write<Op, MR, NR, 0>(p, finish, rows, sums, pixel, column);
   typename Op::Sum held[MR * NR];
   hold<Op, MR, NR, 0>(sums, held);
-  if (is_silu) return write_silu_floats<Op, MR, NR>(p, rows.example[0], held, pixel, column);
-  write_silu<Op, MR, NR>(p, finish, rows.example[0], held, pixel, column);
+  if (of_codes) return write_silu<Op, MR, NR>(p, finish.silu_codes(), held, pixel, column);
+  write_silu_floats<Op, MR, NR>(p, rows.example[0], held, pixel, column);
 }
 
 template <class Op, int NR>

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "scale.h"
+
 namespace lepton {
 
 // Where the elements of a convolution are. Sizes are at least 1; padding is not negative.
@@ -25,11 +27,6 @@ struct Window {
 };
 
 enum class ConvolutionActivation : int32_t { kNone = 0, kClamp = 1, kSilu = 2 };
-
-// The scale of codes, and 1 / scale; that is 0 if it is too large or small to compute with.
-struct CodeScale {
-  float scale, inverse;
-};
 
 // What becomes of each sum before it is written.
 struct ConvolutionEpilogue {
@@ -54,14 +51,16 @@ struct Convolution {
   float* y;
   int64_t pitch;          // of depthwise ones in float: from a pixel of y to the next
   uint8_t* codes;         // written instead of y, each with 128 added; null: y is written
-  // Where a result is a sum and a bias between bounds: by what a sum is multiplied, and what is then added, that it becomes
-  // its code with 128 added, [stride] each; null: it is rounded otherwise.
+  // Where a result is a sum and a bias between bounds, and one scale is for all examples: by what a sum is multiplied, and
+  // what is then added, that it becomes its code with 128 added, [stride] each; null: it is rounded otherwise.
   const float *code_factor, *code_bias;
   // Of codes only.
   const float* scale;     // [stride], of columns
   const int32_t* offset;  // [stride], what is subtracted from the sums of a column
   const float* row_scale; // [n]
-  bool numbers;           // scales and biases are such that no result is NaN or infinite before a residual
+  // One scale is for all examples, and no result is NaN or infinite before a residual. Not asked of the scales of several:
+  // how an example is rounded would depend on the others.
+  bool numbers;
 };
 
 // Rows [pixel, pixel_end) of y, columns from `column` on; both columns are multiples of the vectors' lanes.

@@ -6,7 +6,6 @@
 
 #include "convolution_operands.h"
 #include "kept.h"
-#include "scale.h"
 #include "scratch.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -201,14 +200,11 @@ void pack_depthwise(const Window& w, const int8_t* codes, int rows, int64_t bloc
   }
 }
 
-CodeScale code_scale(float scale) {
-  return {scale, scale > 0x1p-96f && scale < 0x1p96f ? 1.0f / scale : 0.0f};
-}
-
 float code_of_bound(float bound, float scale) { return std::nearbyint(std::clamp(bound / scale, -127.0f, 127.0f)); }
 
-// Whether all sums are finite that are multiplied by these factors, and these biases added; both are by column.
-bool are_numbers(const ConvolutionVariant& variant, const Convolution& p, const float* factors, const float* biases) {
+// Whether all sums are finite that are multiplied by a scale and these factors, and these biases added; both are by column.
+bool are_numbers(const ConvolutionVariant& variant, const Convolution& p, float scale, const float* factors,
+                 const float* biases) {
   const auto largest = [&](const float* values) {
     if (values == nullptr) return 0.0f;
     const int32_t bits = variant.largest(values, p.window.o);
@@ -216,9 +212,7 @@ bool are_numbers(const ConvolutionVariant& variant, const Convolution& p, const 
     std::memcpy(&found, &bits, 4);
     return found;
   };
-  const float factor = largest(factors), bias = largest(biases);
-  return std::all_of(p.row_scale, p.row_scale + p.window.n,
-                     [&](float scale) { return std::isfinite(factor * scale * 0x1p31f + bias); });
+  return std::isfinite(largest(factors) * scale * 0x1p31f + largest(biases));
 }
 
 // Finds what makes codes of sums, in `memory` for two rows of columns, where a sum has a bias and then bounds at most. Without
@@ -226,14 +220,14 @@ bool are_numbers(const ConvolutionVariant& variant, const Convolution& p, const 
 void find_codes(const ConvolutionVariant& variant, Convolution& p, float* memory) {
   const ConvolutionEpilogue& e = p.epilogue;
   const float inverse = e.code_scale.inverse;
-  if (p.codes == nullptr || e.bias == nullptr || e.residual != nullptr || inverse == 0.0f ||
+  if (!p.numbers || p.codes == nullptr || e.bias == nullptr || e.residual != nullptr || inverse == 0.0f ||
       e.activation == ConvolutionActivation::kSilu)
     return;
   for (int64_t i = 0; i < p.stride; ++i) {
-    memory[i] = p.scale[i] * inverse;
+    memory[i] = p.row_scale[0] * (p.scale[i] * inverse);
     memory[p.stride + i] = e.bias[i] * inverse + 128.0f;
   }
-  if (!are_numbers(variant, p, memory, memory + p.stride)) return;
+  if (!are_numbers(variant, p, 1.0f, memory, memory + p.stride)) return;
   p.code_factor = memory;
   p.code_bias = memory + p.stride;
 }
@@ -401,7 +395,7 @@ ffi::Error integer_convolution(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buff
   p.weights = packed;
   p.offset = offset;
   p.row_scale = row_scale;
-  p.numbers = are_numbers(variant, p, p.scale, p.epilogue.bias);
+  p.numbers = !dynamic && are_numbers(variant, p, row_scale[0], p.scale, p.epilogue.bias);
   const Scratch by_column = scratch(p.stride * 8);
   if (by_column == nullptr) return no_memory();
   find_codes(variant, p, static_cast<float*>(by_column.get()));

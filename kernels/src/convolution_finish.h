@@ -167,17 +167,16 @@ struct Brief {
   }
 };
 
-// Writes codes of SiLUs of whole vectors, of sums that are finite. A SiLU is rounded itself, so a product by the inverse of
-// the scale will do.
+// Writes codes of SiLUs, of sums that are finite. A SiLU is rounded itself, so a product by the inverse of the scale will do.
 struct SiluCodes {
   uint8_t* codes;
   Floats inverse;
 
   static constexpr float kAdded = 0x1p23f;
 
-  __attribute__((always_inline)) void operator()(Floats v, int64_t at) const {
+  __attribute__((always_inline)) void operator()(Floats v, int64_t at, int count) const {
     const Floats shifted = silu(v) * inverse + (kAdded + 128.0f);
-    store_bytes(codes + at, (Ints)bounded(shifted, Floats{} + (kAdded + 1.0f), Floats{} + (kAdded + 255.0f)), kLanes);
+    store_bytes(codes + at, (Ints)bounded(shifted, Floats{} + (kAdded + 1.0f), Floats{} + (kAdded + 255.0f)), count);
   }
 };
 
@@ -191,7 +190,7 @@ struct Finish {
 
   explicit Finish(const Convolution& p) : e(p.epilogue), y(p.y), codes(p.codes), numbers(p.numbers) {}
 
-  // Whether codes of SiLUs may be written by `silu_codes`.
+  // Whether codes of SiLUs are written by `silu_codes`: if so, all are, since others may be rounded otherwise.
   bool is_silu() const {
     return kHasQuotients && numbers && codes != nullptr && e.residual == nullptr && e.code_scale.inverse != 0.0f &&
            e.activation == ConvolutionActivation::kSilu;

@@ -214,14 +214,14 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
   const int64_t apart = p.window.c;
   const Brief brief(p);
   const SiluCodes silu_codes = finish.silu_codes();
-  const bool is_silu = finish.is_silu() || finish.gives_silus();
+  const bool is_silu = finish.is_silu(), gives_silus = finish.gives_silus();
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const int64_t at = c + v * kLanes, left = apart - at;
     if (!kWhole && left <= 0) return;
     const int count = kWhole || left >= kLanes ? kLanes : static_cast<int>(left);
     if (p.code_factor != nullptr) {
-      const Floats factor = row_scale * load(p.code_factor + at), bias = load(p.code_bias + at);
+      const Floats factor = load(p.code_factor + at), bias = load(p.code_bias + at);
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i) brief(as_floats(sums[i][v]) * factor + bias, (pixel + i) * apart + at, count);
       continue;
@@ -231,15 +231,15 @@ inline void write(const Convolution& p, const Finish& finish, const Ints (&sums)
     Floats values[P];
 #pragma GCC unroll 4
     for (int i = 0; i < P; ++i) values[i] = as_floats(sums[i][v]) * factor + bias;
-    if (count == kLanes && is_silu) {  // too long to be there for each
+    if (is_silu || (gives_silus && count == kLanes)) {  // too long to be there for each
       Floats held[P];
 #pragma GCC unroll 4
       for (int i = 0; i < P; ++i) held[i] = values[i];
 #pragma GCC unroll 1
       for (int i = 0; i < P; ++i) {
         const int64_t to = (pixel + i) * apart + at;
-        if (finish.codes != nullptr)
-          silu_codes(held[i], to);
+        if (is_silu)
+          silu_codes(held[i], to, count);
         else
           store(finish.y + to, silu(held[i]));
       }

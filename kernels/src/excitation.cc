@@ -108,8 +108,7 @@ void multiply_as(const ExcitationStep& s, const typename Op::Value* x, float* y,
 template <typename End>
 void multiply(const ExcitationStep& s, const float* x, int32_t* rounded, float* y, const End& end) {
   if (s.static_scale == nullptr) return multiply_as<InFloat>(s, x, y, end);
-  const float scale = *s.static_scale;
-  const CodeScale by = {scale, scale > 0x1p-96f && scale < 0x1p96f ? 1.0f / scale : 0.0f};
+  const CodeScale by = code_scale(*s.static_scale);
   for (int64_t i = 0; i < s.rows; i += kLanes) {
     *reinterpret_cast<Ints*>(rounded + i) = codes_of_values(by, load_upto(x + i, s.rows - i));
   }

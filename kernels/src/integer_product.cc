@@ -142,7 +142,8 @@ bool round_briefly(const float* x, const float* factor, int64_t k, float inverse
 template <bool factors>
 void round_row(const float* x, const float* factor, int64_t k, float scale, bool fixed, uint8_t* to) {
 #if defined(__AVX512VNNI__)
-  if (!fixed && scale > 0x1p-96f && scale < 0x1p96f && round_briefly<factors>(x, factor, k, 1.0f / scale, to)) return;
+  const float inverse = fixed ? 0.0f : code_scale(scale).inverse;
+  if (inverse != 0.0f && round_briefly<factors>(x, factor, k, inverse, to)) return;
 #endif
   round_values<factors>(x, factor, k, scale, to);
 }

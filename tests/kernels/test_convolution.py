@@ -393,8 +393,41 @@ def test_geometries_that_reach_outside_are_refused(kernels, place):
             )
 
 
+UNIT = np.float32(1.7)
+
+
+def in_the_middle(size, channels, columns, *, depthwise=False):
+    """Codes and what follows their sums, so that half of the results are in the middle between two codes."""
+    rng = np.random.default_rng(6)
+    image = rng.integers(126, 131, (*size, channels)).astype(np.uint8)
+    weight = rng.integers(-1, 2, (1 if depthwise else channels, columns)).astype(np.int8)
+    bias = UNIT * rng.integers(50, 150, columns).astype(np.float32)
+    return image, (weight, np.ones((1, 1), np.float32), np.full(1, UNIT), np.full(1, 2 * UNIT)), bias
+
+
+def codes_in_the_middle(image, others, bias, epilogue):
+    return by_kernel("integer_convolution", (image, *others), bias, NONE, Geometry((1, 1)), epilogue)
+
+
+@pytest.mark.parametrize("epilogue", [PLAIN, Epilogue("silu")], ids=["plain", "silu"])
+@pytest.mark.parametrize("kind", ["dense", "depthwise", "dynamic"])
+def test_codes_do_not_depend_on_other_examples(variants, kind, epilogue):
+    """Nor on where in a batch an image is."""
+    image, others, bias = in_the_middle((3, 5, 5), 40, 40 if kind == "depthwise" else 51, depthwise=kind == "depthwise")
+    if kind == "dynamic":
+        image, others = UNIT * (image.astype(np.float32) - 128), (*others[:2], NONE, others[3])
+        image[:, 0, 0, 0] = 127 * UNIT
+        image[0, 1, 2, 3] = np.nan
+    for _ in variants():
+        for count in (2, 3):
+            several = codes_in_the_middle(image[:count], others, bias, epilogue)
+            alone = codes_in_the_middle(image[count - 1 : count], others, bias, epilogue)
+            assert len(set(alone.flat)) > 20
+            np.testing.assert_array_equal(several[-1:], alone)
+
+
 def digest():
-    """Of convolutions that are spread over threads, where there are several."""
+    """Of convolutions that are spread over threads, where there are several: some cut by pixels, some by columns."""
     x, geometry = jnp.asarray(array(2, 30, 30, 40)), Geometry((3, 3), padding=((1, 1), (1, 1)))
     found = [
         convolution.convolve(x, jnp.asarray(array(3, 3, 40, 50, seed=2)), geometry),
@@ -402,6 +435,8 @@ def digest():
         convolution.convolve_codes(x, stored(360, 50), geometry),
         convolution.convolve_codes(x, stored(9, 40), geometry),
     ]
+    for operands in (in_the_middle((33, 3, 3), 160, 192), in_the_middle((2, 5, 5), 960, 321)):
+        found += [codes_in_the_middle(*operands, epilogue) for epilogue in (PLAIN, Epilogue("silu"))]
     return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in found)).hexdigest()
 
 

@@ -121,7 +121,7 @@ def test_what_is_passed_on(fn, expected):
 
 
 def test_by_kernels_too(kernels):
-    """Bit for bit what they compute with floats in between."""
+    """What they compute with floats in between: what has a bias is not in the middle between two codes here."""
     given = operands(38)
     fused = fuse(block)
     np.testing.assert_array_equal(jax.jit(pass_codes(fused))(*given), jax.jit(fused)(*given))

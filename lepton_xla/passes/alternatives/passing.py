@@ -1,4 +1,8 @@
-"""Lets a convolution of codes hand codes to the next one, which would round its floats: the same numbers."""
+"""Lets a convolution of codes hand codes to the next one, which would round its floats to them.
+
+They are the same codes. Where kernels add a bias or compute a SiLU, what lies near the middle between two codes may
+become either.
+"""
 
 from __future__ import annotations
 
