@@ -71,8 +71,8 @@ constexpr int64_t kFirstLevelBytes = 24 << 10, kFewRows = 12;
 constexpr int64_t kPanelRows = 16, kPanelBytes = 2 << 20, kPanelPartRows = 96;
 // Of a thread that is awake, so much less is worth it.
 constexpr double kWhereAwake = 8;
-// Rows whose codes stay in the second-level cache while all panels pass by, a multiple of those of tiles.
-constexpr int64_t kBlockRows = 132;
+// Rows whose codes stay in the second-level cache while all panels pass by; a multiple of those of tiles.
+constexpr int64_t kBlockRows = 132, kTileRows = 12;
 
 // Reads the operands of an epilogue; false if they do not fit a result [m, n].
 bool read_epilogue(Epilogue& e, ffi::BufferR1<ffi::F32> bias, ffi::BufferR2<ffi::F32> residual, int64_t activation,
@@ -96,12 +96,15 @@ void multiply_part(const IntegerProduct& p, const Variant& variant, bool packs, 
 }
 
 // By packed panels. Of many rows a part is all columns of some of them: it rounds them itself, and their codes stay in the
-// second-level cache. Parts of a weight that is not kept are columns instead, since each part packs its panels.
+// second-level cache, and each thread gets as many parts. Parts of a weight that is not kept are columns instead, since
+// each part packs its panels.
 void panels(ffi::ThreadPool& pool, const IntegerProduct& p, const Variant& variant, int64_t threads) {
   constexpr int64_t kColumns = IntegerProduct::kPanelColumns;
   if (p.kept != nullptr && p.m >= 2 * threads * kPanelPartRows) {
-    run_parts(pool, (p.m + kBlockRows - 1) / kBlockRows, [&](int64_t part) {
-      const int64_t row = part * kBlockRows, row_end = std::min(row + kBlockRows, p.m);
+    const int64_t rounds = (p.m + threads * kBlockRows - 1) / (threads * kBlockRows), wanted = threads * rounds;
+    const int64_t rows = ((p.m + wanted - 1) / wanted + kTileRows - 1) / kTileRows * kTileRows;
+    run_parts(pool, (p.m + rows - 1) / rows, [&](int64_t part) {
+      const int64_t row = part * rows, row_end = std::min(row + rows, p.m);
       variant.round_rows(p, row, row_end);
       multiply_part(p, variant, true, row, row_end, 0, p.n);
     });

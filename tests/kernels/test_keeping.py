@@ -100,8 +100,8 @@ def test_threads_that_pack_at_once(variants):
                     np.testing.assert_array_equal(got, expected)
 
 
-def test_few_rows_of_a_kept_weight(variants):
-    for rows, depth, columns in [(1, 384, 384), (7, 100, 70), (3, 5, 2), (33, 1536, 65)]:
+def test_few_rows_of_a_kept_weight_and_many(variants):
+    for rows, depth, columns in [(1, 384, 384), (7, 100, 70), (3, 5, 2), (33, 1536, 65), (410, 200, 130)]:
         weight, x = stored(depth, columns), array(rows, depth)
         for _ in variants():
             with keeping.Kept([weight.values]):
