@@ -16,7 +16,7 @@ struct Attention {
   bool masks;        // a bias other than zero takes the place of a score
   bool heads_first;  // keys and values are k[B, H, K, D] and v[B, H, K, E] instead
   bool narrow, narrow_y;
-  bool rounds;  // many queries, keys, values and weights may be rounded to some 12 bits, by the largest of them
+  bool rounds;  // many queries, keys, values and weights may be rounded: see attention_rounded.h
 
   // Up to so many queries, each reads keys and values where they are: no copy of them would pay.
   static constexpr int64_t kFew = 4;

@@ -47,8 +47,8 @@ def attend(
 ) -> jax.Array:
     """Compute `softmax(query @ key^T * scale + bias) @ value` of each head of each example.
 
-    Everything is computed in float32, also of bfloat16. Of few queries, values that have no weight are not read, not
-    even NaN.
+    Everything is computed in float32, also of bfloat16, unless `rounds`. Of few queries, values that have no weight are
+    not read, not even NaN.
 
     Args:
         query: [B, Q, H, D], float32 or bfloat16.
@@ -58,8 +58,10 @@ def attend(
         scale: of the scores.
         masks: whether a bias other than zero takes the place of a score.
         heads_first: whether key and value are [B, H, K, D] and [B, H, K, E] instead.
-        rounds: whether the operands, and the weights of keys, may be rounded to some 12 bits by the largest magnitude
-            of a query, or of the keys or values of a head; that is little where they come of numbers of eight bits.
+        rounds: whether AVX-512 VNNI may round operands, of more than four queries and up to 512 keys: queries, and the
+            keys of a head, to 1 / 5792 of the largest magnitude (for a depth of 64), values to 1 / 2047 of it, and the
+            weights of a query to 1 / 32767 of the largest, or, where they add up to over 32 of it, to a millionth of
+            their sum. That is little where operands come of numbers of eight bits.
         dtype: of the result, float32 or bfloat16; None: that of the operands.
 
     Returns:

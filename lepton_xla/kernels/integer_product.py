@@ -58,6 +58,11 @@ def with_factor(operands: Sequence[Any], x: jax.Array, factor: jax.Array) -> lis
     return [x, *operands[1:4], factor, *operands[5:]]
 
 
+def has_residual(operands: Sequence[Any]) -> bool:
+    """Whether a float matrix is added to the product, of the primitive's operands in an equation."""
+    return bool(operands[6].aval.shape[0] != 0)
+
+
 def _shape(x: Any, codes: Any, *_: Any, **_params: Any) -> tuple[tuple[Any, ...], Any]:
     return (x.shape[0], codes.shape[0]), jnp.dtype("float32")
 

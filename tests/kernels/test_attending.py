@@ -15,6 +15,7 @@ from limited import ON_ONE_CORE, here
 
 import lepton_xla as lx
 from lepton_xla.kernels import attention, installation, integer_product
+from lepton_xla.kernels.epilogue import Epilogue
 from lepton_xla.passes.alternatives import attending, autotuning
 from lepton_xla.passes.core.timing import Timer
 from lepton_xla.quant import quantize
@@ -107,44 +108,88 @@ def test_what_a_single_query_does_not_see_is_not_read(variants):
         np.testing.assert_allclose(got, expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("shape", [(2, 19, 33, 3, 32, 32), (1, 8, 128, 2, 40, 17), (1, 5, 512, 1, 7, 64)])
-def test_rounded_operands(variants, shape):
+@pytest.mark.parametrize(
+    ("shape", "dtype", "heads_first"),
+    [
+        ((2, 19, 33, 3, 32, 32), "float32", False),
+        ((1, 8, 128, 2, 40, 17), "float32", True),
+        ((1, 5, 512, 1, 7, 64), "bfloat16", False),
+        ((1, 9, 20, 2, 8, 8), "bfloat16", True),
+    ],
+)
+def test_rounded_operands(variants, shape, dtype, heads_first):
     """To within some steps of the largest magnitude; what is infinite or NaN shows as in float."""
-    query, key, value = operands(*shape)
-    query[0, 0] *= 1e-20
+    query, key, value = (np.asarray(jnp.asarray(each, dtype), np.float32) for each in operands(*shape))
+    query[0, 0] *= 2.0**-66
     bias = array(shape[0], 1, 1, shape[2])
     bias[0, 0, 0, 1:3] = -1e9, -np.inf
-    expected = reference(query, key, value, bias, 0.3)
+    expected, large = reference(query, key, value, bias, 0.3), 2.0**30
     strange, infinite = query.copy(), value.copy()
     infinite[0, 4, 0, 0] = np.inf
     strange[0, 1, 0, 0], strange[0, 2, 0, 0] = np.nan, np.inf
-    for _ in variants():
-        got = attention.attend(*map(jnp.asarray, (query, key * 1e9, value * 1e9, bias)), scale=0.3e-9, rounds=True)
-        np.testing.assert_allclose(got * 1e-9, expected, rtol=0, atol=3e-3)
-        got = np.asarray(attention.attend(*map(jnp.asarray, (strange, key, value, bias)), scale=0.3, rounds=True))
+
+    def attended(query, key, value, bias=None, *, scale=0.3, rounds=True):
+        rows = (np.swapaxes(each, 1, 2) if heads_first else each for each in (key, value))
+        given_operands = [jnp.asarray(each, dtype) for each in (query, *rows)]
+        params = {"scale": scale, "heads_first": heads_first, "rounds": rounds, "dtype": "float32"}
+        return np.asarray(attention.attend(*given_operands, None if bias is None else jnp.asarray(bias), **params))
+
+    for name in variants():
+        got = attended(query, key * large, value * large, bias, scale=0.3 / large)
+        np.testing.assert_allclose(got / large, expected, rtol=0, atol=3e-3)
+        same = np.array_equal(got, attended(query, key * large, value * large, bias, scale=0.3 / large, rounds=False))
+        assert same is (name != "avx512")
+        got = attended(strange, key, value, bias)
         assert np.isnan(got[0, 1:3, 0]).all()
         np.testing.assert_allclose(got[0, 3:], expected[0, 3:], rtol=0, atol=3e-3)
-        got = np.asarray(attention.attend(*map(jnp.asarray, (query, key, infinite)), scale=0.3, rounds=True))
-        assert np.isinf(got[0, :, 0, 0]).all()
+        assert np.isinf(attended(query, key, infinite)[0, :, 0, 0]).all()
+
+
+@pytest.mark.parametrize("keys", [128, 384, 512])
+@pytest.mark.parametrize("sink", [5.0, 8.4, 12.0])
+def test_many_small_weights_do_not_vanish(variants, keys, sink):
+    """Half a step for 16 keys that have the same weight."""
+    query, key, value = np.ones((1, 5, 1, 1)), np.zeros((1, keys, 1, 1)), np.ones((1, keys, 1, 1))
+    key[0, 3], value[0, 3] = sink, 0
+    for _ in variants():
+        got = attention.attend(*(jnp.asarray(each, jnp.float32) for each in (query, key, value)), rounds=True)
+        np.testing.assert_allclose(got, reference(query, key, value), rtol=0, atol=keys / 32 / 32767 + 1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2, 1.0, 4.0])
+def test_means_of_rounded_operands_are_between_the_values(variants, spread):
+    query, key, value = operands(1, 8, 512, 1, 16, 8)
+    value = 1 + np.abs(value) / 8
+    key[0, 100:105, 0] *= 3
+    expected, step = reference(query, key, value, scale=spread), value.max() / 2047
+    for _ in variants():
+        got = np.asarray(attention.attend(*map(jnp.asarray, (query, key, value)), scale=spread, rounds=True))
+        assert np.all(got > value.min(axis=1, keepdims=True) - step)
+        assert np.all(got < value.max(axis=1, keepdims=True) + step)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-3)
 
 
 def test_products_of_codes_are_rounded_once_more():
-    """Where query, key and value all are; one that is not keeps all in float."""
+    """Where query, key and value all are; one that is not, or has a float matrix added, keeps all in float."""
     weight = quantize(jnp.asarray(array(8, 8)), "int8").by_columns()
+    made = {
+        "codes": lambda x: integer_product.multiply(x, weight, None, Epilogue(bias=x[0], activation="relu")),
+        "with a matrix": lambda x: integer_product.multiply(x, weight, None, Epilogue(residual=x)),
+        "float": lambda x: x,
+    }
 
-    def attended(of_codes):
+    def attended(*names):
         def fn(x):
-            query, key, value = (
-                (integer_product.multiply(x, weight) if each else x).reshape(1, -1, 2, 4) for each in of_codes
-            )
+            query, key, value = (made[name](x).reshape(1, -1, 2, 4) for name in names)
             weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
             return jnp.einsum("bhqk,bkhe->bqhe", weights, value)
 
         (pattern,) = attending.find(jax.make_jaxpr(attending.flat(fn))(jnp.ones((6, 8))))
         return pattern.params["rounds"]
 
-    assert attended((True, True, True))
-    assert not attended((True, True, False))
+    assert attended("codes", "codes", "codes")
+    assert not attended("codes", "codes", "float")
+    assert not attended("codes", "with a matrix", "codes")
 
 
 def test_huge_scores_nan_and_infinities(variants):
@@ -194,8 +239,10 @@ def test_transformations_and_the_fallback(kernels, monkeypatch):
 def digest():
     """Of results that parts for several threads were computed of."""
     found = hashlib.sha256()
-    for shape in (2, 130, 130, 3, 32, 32), (8, 1, 300, 3, 32, 32):
-        found.update(np.asarray(attention.attend(*map(jnp.asarray, operands(*shape)), scale=0.2)).tobytes())
+    many, single = (2, 130, 130, 3, 32, 32), (8, 1, 300, 3, 32, 32)
+    for shape, rounds in (many, False), (many, True), (single, False):
+        got = attention.attend(*map(jnp.asarray, operands(*shape)), scale=0.2, rounds=rounds)
+        found.update(np.asarray(got).tobytes())
     return found.hexdigest()
 
 
@@ -384,10 +431,23 @@ def attentive(weights, x):
     return by_hand(heads, heads, heads, jnp.ones(x.shape[:2]))
 
 
-@pytest.mark.parametrize(("whole", "chosen"), [(1.0, "a kernel"), (3.0, "XLA's own")])
-def test_attention_is_chosen_by_measurement(kernels, monkeypatch, whole, chosen):
+def attentive_in_codes(weights, x):
+    product = integer_product.multiply(jnp.reshape(x, (-1, 8)), quantize(weights["w"], "int8").by_columns())
+    heads = jnp.reshape(product, (x.shape[0], x.shape[1], 2, 4))
+    return by_hand(heads, heads, heads, jnp.ones(x.shape[:2]))
+
+
+@pytest.mark.parametrize(
+    ("fn", "whole", "chosen", "reason"),
+    [
+        (attentive, 1.0, "a kernel", "0.50 of the time of XLA's own"),
+        (attentive, 3.0, "XLA's own", "alone another way is faster, but not in the whole program"),
+        (attentive_in_codes, 1.0, "a kernel", "0.50 of the time of XLA's own; AVX-512 VNNI rounds its operands"),
+    ],
+)
+def test_attention_is_chosen_by_measurement(kernels, monkeypatch, fn, whole, chosen, reason):
     """Alone the kernel takes half the time; it also has to make the whole program faster."""
-    program = lx.trace(attentive, {"w": jnp.eye(8)}, {"x": lx.TensorSpec(("batch", 6, 8), "float32")})
+    program = lx.trace(fn, {"w": jnp.eye(8)}, {"x": lx.TensorSpec(("batch", 6, 8), "float32")})
     monkeypatch.setattr(
         autotuning,
         "time_programs",
@@ -396,6 +456,7 @@ def test_attention_is_chosen_by_measurement(kernels, monkeypatch, whole, chosen)
     tuned = lx.passes.autotune(program, sizes=[{"batch": 1}, {"batch": 3}], timer=Timer())
     (report,) = [site for site in tuned.history[-1].sites if site.site == "attention#0"]
     assert report.action == chosen
+    assert report.reason.partition(", products of int8")[0] == reason
     x = array(3, 6, 8)
     assert ("attention" in str(jax.make_jaxpr(tuned.fn)(tuned.weights, x))) is (chosen == "a kernel")
     expected = jax.jit(program.fn)(program.weights, x)

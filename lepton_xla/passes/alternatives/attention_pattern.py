@@ -81,11 +81,13 @@ class Operand:
         return Operand((maker, 0), example, head, was[self.row], was[self.depth]).before_moves(graph)
 
     def is_coarse(self, graph: Graph) -> bool:
-        """Whether it is a product of activations that were rounded to eight bits."""
+        """Whether it is a product of activations that were rounded to eight bits, without a float matrix added."""
         atom = self.place[0].invars[self.place[1]]
         while (maker := graph.made_by(atom)) is not None and maker.primitive.name in (*_MOVES, "reshape"):
             atom = maker.invars[0]
-        return maker is not None and maker.primitive is integer_product.PRIMITIVE
+        if maker is None or maker.primitive is not integer_product.PRIMITIVE:
+            return False
+        return not integer_product.has_residual(maker.invars)
 
 
 def _sizes(shape: Sequence[Any], axes: Sequence[int]) -> tuple[Any, ...]:
@@ -104,7 +106,7 @@ class Pattern:
         scale: of the scores.
         bias: what is added to the scores: where it is read, its shape among the scores, and what those axes are.
         masked: if `bias` is a mask instead, the score where it is true, and false; None where it stays.
-        rounds: whether the operands are products of activations of eight bits: to round them to more changes little.
+        rounds: whether all operands are coarse: to round them to more than eight bits changes little.
     """
 
     query: Operand
@@ -201,6 +203,12 @@ class Pattern:
         types = query.dtype.name, self.last.outvars[0].aval.dtype.name
         return ("attention", query.shape[2:], value.shape[3], axes, self.masked is not None, self.heads_first, single,
                 self.rounds, *types)  # fmt: skip
+
+    @property
+    def note(self) -> str:
+        """What a report says of the kernel's numbers."""
+        rounded = "AVX-512 VNNI rounds its operands, products of int8, to some 12 bits"
+        return rounded if self.rounds else ""
 
     @property
     def fits(self) -> bool:

@@ -125,7 +125,8 @@ def choose(program: Program, sizes: Sequence[Mapping[str, int]], say: Callable[[
             for name, pattern in _patterns(fn, weights, program.abstract_inputs(at)).items():
                 say(f"ways to compute {name}")
                 times = timer.once(_Facts.of(pattern), functools.partial(_time_pattern, pattern, timer))
-                timings.setdefault(pattern.kind, []).append(Timing(name, dict(at), times))
+                note = pattern.note if isinstance(pattern, attending.Pattern) else ""
+                timings.setdefault(pattern.kind, []).append(Timing(name, dict(at), times, note))
         if not timings:
             break
     return Choices({kind: _fastest(found) for kind, found in timings.items()}, timings)
@@ -365,7 +366,9 @@ def _why(way: str, timings: Sequence[Timing]) -> str:
         return "XLA cannot run another way here"
     shown = way if way != XLA else min(others, key=lambda name: _mean_share(timings, name))
     if way != XLA:
-        return f"{_mean_share(timings, shown):.2f} of the time of XLA's own"
+        gain = f"{_mean_share(timings, shown):.2f} of the time of XLA's own"
+        note = timings[0].note if way == KERNEL else ""
+        return f"{gain}; {note}" if note else gain
     worst = max(timings, key=lambda timing: timing.share(shown))
     return f"{shown} would take {worst.share(shown):.2f} of the time{_named(worst.sizes, ' at ')}"
 

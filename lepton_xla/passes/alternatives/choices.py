@@ -66,11 +66,13 @@ class Timing:
         site: the name of the site.
         sizes: sizes of the symbolic dimensions.
         way_us: microseconds by alternative, including `XLA`.
+        note: what a report says of the kernel's numbers.
     """
 
     site: str
     sizes: dict[str, int]
     way_us: dict[str, float]
+    note: str = ""
 
     def share(self, way: str) -> float:
         """Time of an alternative over that of XLA's own; infinite if it cannot run."""
