@@ -119,7 +119,7 @@ def test_what_a_single_query_does_not_see_is_not_read(variants):
 )
 def test_rounded_operands(variants, shape, dtype, heads_first):
     """To within some steps of the largest magnitude; what is infinite or NaN shows as in float."""
-    query, key, value = (np.asarray(jnp.asarray(each, dtype), np.float32) for each in operands(*shape))
+    query, key, value = (np.array(jnp.asarray(each, dtype), np.float32) for each in operands(*shape))
     query[0, 0] *= 2.0**-66
     bias = array(shape[0], 1, 1, shape[2])
     bias[0, 0, 0, 1:3] = -1e9, -np.inf
@@ -444,6 +444,7 @@ def attentive_in_codes(weights, x):
         (attentive, 3.0, "XLA's own", "alone another way is faster, but not in the whole program"),
         (attentive_in_codes, 1.0, "a kernel", "0.50 of the time of XLA's own; AVX-512 VNNI rounds its operands"),
     ],
+    ids=["kept", "refused", "of codes"],
 )
 def test_attention_is_chosen_by_measurement(kernels, monkeypatch, fn, whole, chosen, reason):
     """Alone the kernel takes half the time; it also has to make the whole program faster."""
@@ -460,7 +461,9 @@ def test_attention_is_chosen_by_measurement(kernels, monkeypatch, fn, whole, cho
     x = array(3, 6, 8)
     assert ("attention" in str(jax.make_jaxpr(tuned.fn)(tuned.weights, x))) is (chosen == "a kernel")
     expected = jax.jit(program.fn)(program.weights, x)
-    np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, x), expected, **TOLERANCE)
+    # Rounded operands are off by some steps of their largest magnitude.
+    tolerance = {"rtol": 0.0, "atol": 3e-3} if fn is attentive_in_codes else TOLERANCE
+    np.testing.assert_allclose(jax.jit(tuned.fn)(tuned.weights, x), expected, **tolerance)
 
 
 def test_what_is_read_more_than_once(autotuned):
