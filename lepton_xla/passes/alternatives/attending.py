@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lepton_xla import _compat
+from lepton_xla.passes.alternatives import patterns
 from lepton_xla.passes.alternatives.attention_pattern import Operand, Pattern, is_float, long
-from lepton_xla.passes.alternatives.patterns import Place, apart, replace, without_calls
+from lepton_xla.passes.alternatives.patterns import Place
 from lepton_xla.passes.core.activations import Graph, constant_of
 
 # Asking for these inlines the calls they are in.
@@ -26,31 +26,17 @@ def attend(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Callabl
         fn: any function, for inference.
         wanted: whether to replace a pattern.
     """
-
-    return replace(flat(fn), find, wanted)
+    return patterns.replace(flat(fn), find, wanted)
 
 
 def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the calls around parts of attention."""
-    return without_calls(fn, _NAMES)
+    return patterns.without_calls(fn, _NAMES)
 
 
 def find(closed: Any) -> Iterator[Pattern]:
     """Find the attention in a jaxpr and in all jaxprs inside it."""
-    return apart(_all(closed))
-
-
-def _all(closed: Any) -> Iterator[Pattern]:
-    jaxpr, _ = _compat.open_jaxpr(closed)
-    equations, _ = _compat.live(jaxpr)
-    graph = Graph(equations, jaxpr.outvars)
-    for eqn in equations:
-        if eqn.primitive.name == "dot_general":
-            pattern = _Search(graph, eqn).run()
-            if pattern is not None:
-                yield pattern
-        for inner in _compat.inner_jaxprs(eqn):
-            yield from _all(inner)
+    return patterns.find(closed, "dot_general", lambda graph, eqn: _Search(graph, eqn).run())
 
 
 def _sides(eqn: Any) -> list[tuple[tuple[int, ...], int, list[int]]] | None:

@@ -14,8 +14,8 @@ from lepton_xla import _compat
 from lepton_xla.kernels import excitation
 from lepton_xla.kernels.convolution import PRIMITIVES, Epilogue, Geometry, Operands
 from lepton_xla.kernels.excitation import Step
-from lepton_xla.passes.alternatives import convolving
-from lepton_xla.passes.alternatives.patterns import Place, apart, replace, without_calls
+from lepton_xla.passes.alternatives import convolving, patterns
+from lepton_xla.passes.alternatives.patterns import Place
 from lepton_xla.passes.core.activations import Graph, constant_of, find_activation
 
 # Asking for these inlines the calls they are in.
@@ -137,30 +137,17 @@ def excite(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Callabl
         fn: any function, for inference.
         wanted: whether to replace a pattern.
     """
-    return replace(flat(fn), find, wanted)
+    return patterns.replace(flat(fn), find, wanted)
 
 
 def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the calls around parts of squeeze-excite."""
-    return without_calls(fn, _NAMES)
+    return patterns.without_calls(fn, _NAMES)
 
 
 def find(closed: Any) -> Iterator[Pattern]:
     """Find squeeze-excite in a jaxpr and in all jaxprs inside it."""
-    return apart(_all(closed))
-
-
-def _all(closed: Any) -> Iterator[Pattern]:
-    jaxpr, _ = _compat.open_jaxpr(closed)
-    equations, _ = _compat.live(jaxpr)
-    graph = Graph(equations, jaxpr.outvars)
-    for eqn in equations:
-        if eqn.primitive.name == "reduce_sum":
-            pattern = _pattern(graph, eqn)
-            if pattern is not None:
-                yield pattern
-        for inner in _compat.inner_jaxprs(eqn):
-            yield from _all(inner)
+    return patterns.find(closed, "reduce_sum", _pattern)
 
 
 def _pattern(graph: Graph, total: Any) -> Pattern | None:

@@ -14,7 +14,8 @@ import numpy as np
 
 from lepton_xla import _compat
 from lepton_xla.kernels import norm
-from lepton_xla.passes.alternatives.patterns import Place, replace, without_calls
+from lepton_xla.passes.alternatives import patterns
+from lepton_xla.passes.alternatives.patterns import Place
 from lepton_xla.passes.core.activations import ELEMENTWISE, Graph, constant_of
 
 # Asking for these inlines the calls they are in.
@@ -99,30 +100,23 @@ def normalize(fn: Callable[..., Any], wanted: Callable[[Pattern], bool]) -> Call
         wanted: whether to replace a pattern.
     """
 
-    return replace(flat(fn), find, wanted)
+    return patterns.replace(flat(fn), find, wanted)
 
 
 def flat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function without the calls around parts of norms."""
-    return without_calls(fn, _NAMES)
+    return patterns.without_calls(fn, _NAMES)
 
 
 def find(closed: Any) -> Iterator[Pattern]:
     """Find the norms in a jaxpr and in all jaxprs inside it."""
-    jaxpr, _ = _compat.open_jaxpr(closed)
-    equations, _ = _compat.live(jaxpr)
-    graph = Graph(equations, jaxpr.outvars)
-    taken: set[int] = set()
-    for eqn in equations:
-        if eqn.primitive.name == "reduce_sum" and id(eqn) not in taken:
-            for start in _starts(graph, eqn):
-                pattern = _Search(graph, start).run()
-                if pattern is not None:
-                    taken |= {id(each) for each in (*pattern.members, pattern.last)}
-                    yield pattern
-                    break
-        for inner in _compat.inner_jaxprs(eqn):
-            yield from find(inner)
+    return patterns.find(closed, "reduce_sum", _pattern)
+
+
+def _pattern(graph: Graph, total: Any) -> Pattern | None:
+    """The norm that a sum is the first of; None if it is of none."""
+    searches = (_Search(graph, start).run() for start in _starts(graph, total))
+    return next((pattern for pattern in searches if pattern is not None), None)
 
 
 def _starts(graph: Graph, total: Any) -> Iterator[Any]:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import jax
 
+from lepton_xla import _compat
+from lepton_xla.passes.core.activations import Graph
 from lepton_xla.passes.core.rewriting import rewrite
 from lepton_xla.passes.core.walker import Context, Rule, Values, materialize
 
@@ -69,14 +71,29 @@ def replace[P: Pattern](
     return rewrite(fn, rules, inline=True, on_unknown="keep")
 
 
-def apart[P: Pattern](patterns: Iterable[P]) -> Iterator[P]:
-    """Those that share no equation with one before: each of two products that are added may have the other as bias."""
+def find[P: Pattern](closed: Any, start: str, match: Callable[[Graph, Any], P | None]) -> Iterator[P]:
+    """Find patterns in a jaxpr and in all jaxprs inside it.
+
+    One that shares an equation with one before is none: each of two products that are added may have the other as bias.
+
+    Args:
+        closed: the jaxpr.
+        start: the primitive of the equation that a pattern is found from, which is one of its members.
+        match: gives the pattern that is found from such an equation; None if there is none.
+    """
+    jaxpr, _ = _compat.open_jaxpr(closed)
+    equations, _ = _compat.live(jaxpr)
+    graph = Graph(equations, jaxpr.outvars)
     taken: set[int] = set()
-    for pattern in patterns:
-        equations = {id(eqn) for eqn in (*pattern.members, pattern.last)}
-        if taken.isdisjoint(equations):
-            taken |= equations
-            yield pattern
+    for eqn in equations:
+        if eqn.primitive.name == start and id(eqn) not in taken:
+            pattern = match(graph, eqn)
+            found = set() if pattern is None else {id(each) for each in (*pattern.members, pattern.last)}
+            if pattern is not None and taken.isdisjoint(found):
+                taken |= found
+                yield pattern
+        for inner in _compat.inner_jaxprs(eqn):
+            yield from find(inner, start, match)
 
 
 def without_calls(fn: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
